@@ -1,0 +1,422 @@
+"""Iteration-level scheduling (ORCA, Yu et al. 2022, algorithm 1), with paging and preemption in place of reservation.
+
+schedule() makes the plan of the next iteration, update() takes in the result of an earlier one; several plans may be in flight.
+Token counts are scheduled, not phases: in each iteration `num_computed` of a sequence moves towards its `num_tokens`, by many
+tokens while its prompt is new, by one when it decodes. Every choice is made here and once; workers execute plans in order.
+
+    waiting --admit--> running --finish--> gone
+       ^                  |
+       +---- preempt -----+      (its blocks are freed; computed again later)
+
+A sequence in a launched plan keeps its blocks until that plan has returned, whatever happens to it meanwhile.
+"""
+
+import bisect
+from collections import deque
+from dataclasses import dataclass
+
+from cluster.config import BatchConfig
+from cluster.protocol import (
+    Admission,
+    Chunk,
+    ChunkResult,
+    Credit,
+    EngineStats,
+    FinishReason,
+    NewSequence,
+    Request,
+    StepPlan,
+    StepResult,
+    TokenDelta,
+)
+from cluster.request import Sequence
+from kv.manager import KVManager, PrefixMatch
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A plan whose result is awaited, and the sequences its chunks are of."""
+
+    plan: StepPlan
+    sequences: tuple[Sequence, ...]
+
+
+class Batcher:
+    """The running set, the waiting line and the plans in flight of one engine in one epoch."""
+
+    def __init__(self, config: BatchConfig, kv: KVManager, epoch: int = 0) -> None:
+        self.config = config
+        self.kv = kv
+        self.epoch = epoch
+        self.waiting: list[Sequence] = []
+        """In order of arrival."""
+        self.running: list[Sequence] = []
+        """In order of arrival; all have a block table."""
+        self.in_flight: deque[Launched] = deque()
+        self._requests: dict[str, dict[int, Sequence]] = {}
+        self.num_preemptions = 0
+        self._next_seq = 0
+        self._next_step = 0
+        self._gone: list[int] = []
+        """Sequences the workers may forget with the next plan."""
+        self._held_back: list[Sequence] = []
+        """Choices that wait until their sibling's prompt has been scheduled, to fork it."""
+
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    def why_impossible(self, request: Request) -> str | None:
+        """The reason why `request` could never run here, or None."""
+        limit = self.config.max_sequence_tokens
+        longest = len(request.prompt) + request.params.max_tokens
+        if longest > limit:
+            asked = f"prompt ({len(request.prompt)}) and max_tokens ({request.params.max_tokens})"
+            return f"{asked} exceed the {limit} tokens that fit here"
+        return None
+
+    def add(self, request: Request, now: float) -> None:
+        """Queue all choices of a request that `why_impossible` has nothing against."""
+        choices = [c for c in range(request.params.n) if not request.finished[c]]
+        sequences: dict[int, Sequence] = {}
+        forks = self.config.reservation == "paged"
+        for choice in choices:
+            sequence = Sequence(self._next_seq, request, choice, list(request.emitted[choice]), received_at=now)
+            self._next_seq += 1
+            if forks and sequences:
+                sequence.parent = sequences[choices[0]]
+                self._held_back.append(sequence)
+            else:
+                bisect.insort(self.waiting, sequence, key=_order)
+            sequences[choice] = sequence
+        self._requests[request.id] = sequences
+
+    def cancel(self, request: str, choices: list[int] | None = None) -> None:
+        """Nobody waits for these choices (default: all) any more. Their blocks are freed when their plans have returned."""
+        live = self._requests.get(request, {})
+        for choice in list(live) if choices is None else choices:
+            if choice in live:
+                self._end(live[choice], "cancelled")
+
+    def has_request(self, request: str) -> bool:
+        """Whether at least one of its choices still runs or waits."""
+        return request in self._requests
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that still run or wait."""
+        return sum(len(live) for live in self._requests.values())
+
+    # --- scheduling -------------------------------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next iteration, launched: None if nothing can run now. Call only while fewer than `pp` plans are in flight."""
+        self._free_held_back()
+        plan = StepPlan(epoch=self.epoch, step=self._next_step, admitted=[], chunks=[], copies=[], finished=[])
+        chosen: list[Sequence] = []
+        decodes = self._schedule_decodes(plan, chosen)
+        budget = self._prefill_budget(self.config.max_num_batched_tokens - decodes)
+        budget = self._schedule_prefills(plan, chosen, budget)
+        self._admit(plan, chosen, budget)
+        if not plan.chunks and not plan.admitted:
+            return None
+        plan.finished.extend(self._gone)
+        self._gone.clear()
+        self._next_step += 1
+        for sequence in chosen:
+            sequence.started_at = now if sequence.started_at is None else sequence.started_at
+        self.in_flight.append(Launched(plan, tuple(chosen)))
+        return plan
+
+    def _schedule_decodes(self, plan: StepPlan, chosen: list[Sequence]) -> int:
+        """At most ceil(running / pp) decodes, so that every stage has its share. Returns how many tokens they take."""
+        most = -(-len(self.running) // self.config.pp)
+        count = 0
+        for sequence in list(self.running):
+            if count == most:
+                break
+            if not self.kv.holds(sequence.seq):
+                continue  # preempted by an older one in this loop
+            if sequence.finish is not None:
+                count += self._rerun(sequence, plan, chosen)
+            elif sequence.schedulable == 1:
+                count += self._run(sequence, 1, plan, chosen)
+        return count
+
+    def _schedule_prefills(self, plan: StepPlan, chosen: list[Sequence], budget: int) -> int:
+        """The next chunks of admitted prompts. Returns the budget left."""
+        for sequence in list(self.running):
+            if budget <= 0:
+                break
+            if sequence.schedulable > 1 and sequence.finish is None and self.kv.holds(sequence.seq):
+                count = min(sequence.schedulable, budget)
+                if self._run(sequence, count, plan, chosen):
+                    budget -= count
+        return budget
+
+    def _admit(self, plan: StepPlan, chosen: list[Sequence], budget: int) -> None:
+        """Take sequences from the head of the waiting line; none overtakes one that arrived before it."""
+        static = self.config.batching != "continuous"
+        if static and self.running:
+            return
+        while self.waiting and len(self.running) < self.config.max_num_seqs and (budget > 0 or static):
+            sequence = self.waiting[0]
+            if not self._enter(sequence, plan):
+                break
+            self.waiting.pop(0)
+            bisect.insort(self.running, sequence, key=_order)
+            count = min(sequence.schedulable, budget)
+            if count > 0 and self._run(sequence, count, plan, chosen):
+                budget -= count
+
+    def _enter(self, sequence: Sequence, plan: StepPlan) -> bool:
+        """Give `sequence` a block table if the pool holds all of its known tokens, besides what the running ones need soon."""
+        parent, sequence.parent = sequence.parent, None
+        free = self.kv.pool.num_free - self._blocks_promised()
+        if parent is not None and self._can_fork(parent):
+            shared = len(sequence.request.prompt) - 1
+            missing = self.kv.blocks_for(sequence.num_tokens) - shared // self.config.block_size
+            fork = self.kv.fork(parent.seq, sequence.seq, shared) if missing <= free else None
+            if fork is None:
+                sequence.parent = parent
+                return False
+            sequence.num_computed = fork.num_computed
+            if fork.copy is not None:
+                plan.copies.append(fork.copy)
+        elif not self._place(sequence, free):
+            return False
+        new = None if sequence.sent else _new_sequence(sequence)
+        plan.admitted.append(Admission(sequence.seq, sequence.num_computed, list(self.kv.table(sequence.seq)), new))
+        sequence.sent = True
+        return True
+
+    def _place(self, sequence: Sequence, free: int) -> bool:
+        match = PrefixMatch()
+        if self.config.reservation == "paged":
+            tokens = sequence.request.prompt + sequence.emitted
+            match = self.kv.match(tokens, sequence.request.cache_salt)
+            if self.kv.blocks_for(sequence.num_tokens) - len(match.blocks) > free:
+                return False
+        if not self.kv.admit(sequence.seq, match, sequence.max_num_tokens):
+            return False
+        sequence.num_computed = match.num_tokens
+        return True
+
+    def _can_fork(self, parent: Sequence) -> bool:
+        return parent in self.running and parent.num_computed >= len(parent.request.prompt) - 1
+
+    def _blocks_promised(self) -> int:
+        """What the running sequences will take soon: the rest of their prompts, and one block each to decode into."""
+        if self.config.reservation != "paged":
+            return 0
+        known = sum(max(0, self.kv.blocks_for(s.num_tokens) - len(self.kv.table(s.seq))) for s in self.running)
+        return known + len(self.running)
+
+    def _run(self, sequence: Sequence, count: int, plan: StepPlan, chosen: list[Sequence]) -> bool:
+        """Add a chunk of `count` tokens; False if there are no blocks for it now."""
+        end = sequence.num_computed + count
+        blocks = self.kv.allocate(sequence.seq, end)
+        while blocks is None and self._make_room(sequence):
+            blocks = self.kv.allocate(sequence.seq, end)
+        if blocks is None:
+            return False
+        last = end == sequence.num_tokens
+        # What workers can't have yet is the token drawn last: the prompt came with the sequence, older tokens with older chunks.
+        tokens = sequence.emitted[-1:] if last else []
+        plan.chunks.append(Chunk(sequence.seq, sequence.num_computed, count, blocks, tokens, sample=last))
+        sequence.num_computed = end
+        self._launch(sequence, chosen)
+        if end <= len(sequence.request.prompt):
+            self.kv.cache.pending(sequence.request.prompt[:end], self.kv.table(sequence.seq), sequence.request.cache_salt)
+        return True
+
+    def _rerun(self, sequence: Sequence, plan: StepPlan, chosen: list[Sequence]) -> bool:
+        """A finished row of a static batch: computed on until the last one is done, as the original does. Its token is dropped."""
+        if self.config.batching != "static" or sequence.in_flight or not sequence.num_computed:
+            return False
+        plan.chunks.append(Chunk(sequence.seq, sequence.num_computed - 1, 1, [], [], sample=True))
+        self._launch(sequence, chosen)
+        return True
+
+    def _launch(self, sequence: Sequence, chosen: list[Sequence]) -> None:
+        sequence.in_flight += 1
+        chosen.append(sequence)
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Free the blocks of one sequence that is in no launched plan, nor in the one being made: a finished one that a static
+        batch holds, else the youngest that arrived after `sequence`. False if there is none."""
+        idle = [s for s in self.running if s.in_flight == 0 and s is not sequence]
+        done = next((s for s in idle if s.finish is not None), None)
+        if done is not None:
+            self._release(done)
+            return True
+        if not idle or idle[-1].order < sequence.order:
+            return False
+        self._preempt(idle[-1])
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.running.remove(victim)
+        self.kv.release(victim.seq)
+        victim.reset()
+        self.num_preemptions += 1
+        bisect.insort(self.waiting, victim, key=_order)
+        for sequence in self.waiting:
+            if sequence.parent is victim:
+                sequence.parent = None  # by the time the victim has its KV again it may be too late for a fork
+
+    def _prefill_budget(self, left: int) -> int:
+        """With several stages a prompt backlog is spread over the plans in flight, in chunks of at least 64 tokens."""
+        if self.config.pp == 1:
+            return left
+        backlog = sum(s.schedulable for s in [*self.running, *self.waiting] if s.schedulable > 1)
+        return min(left, max(64, -(-backlog // self.config.pp)))
+
+    def _free_held_back(self) -> None:
+        """Choices whose sibling's prompt is covered by launched plans, or that have none to wait for, join the waiting line."""
+        still: list[Sequence] = []
+        for sequence in self._held_back:
+            parent = sequence.parent
+            if parent is None or parent.finish is not None or self._can_fork(parent):
+                bisect.insort(self.waiting, sequence, key=_order)
+            else:
+                still.append(sequence)
+        self._held_back = still
+
+    # --- results ----------------------------------------------------------------------------------------------------
+
+    def update(self, result: StepResult) -> list[TokenDelta]:
+        """Take in the result of the oldest plan in flight; returns what is new for the clients."""
+        launched = self.in_flight.popleft()
+        if (result.epoch, result.step) != (launched.plan.epoch, launched.plan.step):
+            raise ValueError(f"result of step {result.step}, but {launched.plan.step} is the oldest in flight")
+        drawn = {r.seq: r for r in result.results}
+        deltas: list[TokenDelta] = []
+        for chunk, sequence in zip(launched.plan.chunks, launched.sequences, strict=True):
+            sequence.in_flight -= 1
+            if sequence.finish is None and chunk.sample:
+                deltas.append(self._advance(sequence, drawn[chunk.seq]))
+            if sequence.finish is not None and sequence.in_flight == 0:
+                self._leave(sequence)
+        self._end_static_batch()
+        return deltas
+
+    def _advance(self, sequence: Sequence, result: ChunkResult) -> TokenDelta:
+        index = len(sequence.emitted)
+        first = index == len(sequence.request.emitted[sequence.choice])
+        tokens: list[int] = []
+        finish: FinishReason | None = None
+        for token in result.tokens:
+            tokens.append(token)
+            sequence.emitted.append(token)
+            finish = self._finish_reason(sequence, token)
+            if finish is not None:
+                break
+        if finish is not None:
+            self._end(sequence, finish)
+        return TokenDelta(
+            request=sequence.request.id,
+            attempt=sequence.request.attempt,
+            choice=sequence.choice,
+            index=index,
+            tokens=tokens,
+            logprobs=result.logprobs[: len(tokens)],
+            finish=finish,
+            queued_s=sequence.started_at - sequence.received_at if first and sequence.started_at is not None else None,
+        )
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        if token in sequence.params.stop_token_ids:
+            return "stop"
+        return "length" if len(sequence.emitted) >= sequence.params.max_tokens else None
+
+    # --- leaving ----------------------------------------------------------------------------------------------------
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """No further token of `sequence` is wanted; it leaves as soon as no launched plan holds it."""
+        sequence.finish = reason
+        live = self._requests[sequence.request.id]
+        del live[sequence.choice]
+        if not live:
+            del self._requests[sequence.request.id]
+        if sequence in self._held_back:
+            self._held_back.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+            self._forget(sequence)
+        elif sequence.in_flight == 0:
+            self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Out of the running set, unless a static batch keeps its memory until the longest is done."""
+        if self.config.batching != "continuous" and any(s.finish is None for s in self.running):
+            return
+        if self.kv.holds(sequence.seq):
+            self._release(sequence)
+
+    def _end_static_batch(self) -> None:
+        if self.config.batching != "continuous" and all(s.finish is not None and s.in_flight == 0 for s in self.running):
+            for sequence in list(self.running):
+                self._leave(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        tokens = (sequence.request.prompt + sequence.emitted)[: sequence.num_computed]
+        self.kv.cache.computed(tokens, self.kv.table(sequence.seq), sequence.request.cache_salt)
+        self.kv.release(sequence.seq)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        if sequence.sent:
+            self._gone.append(sequence.seq)
+
+    # --- readings ---------------------------------------------------------------------------------------------------
+
+    def credit(self) -> Credit:
+        """What could be taken besides all that was: free slots nobody has a claim on, and sequences.
+
+        A few sequences more than run are asked for, so that a next one is here when a place falls free.
+        """
+        queued = [*self.waiting, *self._held_back]
+        claimed = self._blocks_promised() + sum(self.kv.blocks_for(s.num_tokens) for s in queued)
+        tokens = (self.kv.pool.num_free - claimed) * self.config.block_size
+        return Credit(max(0, tokens), max(0, self.capacity().sequences - self.num_sequences))
+
+    def capacity(self) -> Credit:
+        """The credit when idle."""
+        return Credit(self.config.pool_tokens, self.config.max_num_seqs + max(1, self.config.max_num_seqs // 8))
+
+    def stats(self) -> EngineStats:
+        """Gauges of this moment."""
+        ledger = self.kv.ledger({s.seq: s.num_computed for s in self.running})
+        return EngineStats(
+            running=len(self.running),
+            waiting=len(self.waiting) + len(self._held_back),
+            in_flight=len(self.in_flight),
+            blocks_total=self.config.num_blocks - 1,
+            blocks_used=self.kv.pool.num_used,
+            slots_allocated=ledger.allocated,
+            slots_used=ledger.used,
+            slots_shared=ledger.shared,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise unless tables, running set and requests agree."""
+        self.kv.check_integrity()
+        assert {s.seq for s in self.running} == set(self.kv.sequences), "tables and running set differ"
+        assert self.running == sorted(self.running, key=_order)
+        assert self.waiting == sorted(self.waiting, key=_order)
+        counted: dict[int, int] = {}
+        for launched in self.in_flight:
+            for sequence in launched.sequences:
+                counted[sequence.seq] = counted.get(sequence.seq, 0) + 1
+        for sequence in [*self.running, *self.waiting]:
+            assert sequence.in_flight == counted.get(sequence.seq, 0), f"sequence {sequence.seq} miscounts its plans"
+
+
+def _order(sequence: Sequence) -> tuple[float, int]:
+    return sequence.order
+
+
+def _new_sequence(sequence: Sequence) -> NewSequence:
+    return NewSequence(
+        choice=sequence.choice, prompt=sequence.request.prompt, emitted=list(sequence.emitted), params=sequence.params
+    )

@@ -1,0 +1,173 @@
+"""What a user can set, resolved once and never changed afterwards.
+
+Names are those of the command line and of the YAML file alike (`--max-model-len` is `max_model_len`). An unknown key, a wrong type
+or a value out of range raises ConfigError, whose text is one clear line.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+Batching = Literal["continuous", "static", "static-skip"]
+Reservation = Literal["paged", "max_tokens", "contiguous"]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+class ConfigError(ValueError):
+    """A setting, a model directory or a machine that cannot work, said in one line."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """What the Batcher and the KV manager work by: the part of the settings that has no model and no machine in it."""
+
+    num_blocks: int
+    """Blocks in the pool, the null block (id 0, never given to a sequence) included."""
+    max_model_len: int
+    """Longest sequence in tokens, prompt and output together."""
+    block_size: int = 16
+    max_num_seqs: int = 64
+    """Most sequences in the running set, over all plans in flight."""
+    max_num_batched_tokens: int = 512
+    """Most tokens of one iteration."""
+    pp: int = 1
+    """Pipeline stages = plans in flight."""
+    batching: Batching = "continuous"
+    reservation: Reservation = "paged"
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "pp")
+        if self.num_blocks < 2:
+            raise ConfigError(f"num_blocks is {self.num_blocks}, but a pool needs the null block and at least one more")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs ({self.max_num_seqs}): "
+                "an iteration holds one token of every decoding sequence"
+            )
+
+    @property
+    def pool_tokens(self) -> int:
+        """Slots that sequences can use."""
+        return (self.num_blocks - 1) * self.block_size
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """The longest sequence that fits both the model and the pool."""
+        return min(self.max_model_len, self.pool_tokens)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of `rayline serve`, `rayline generate` and `LLM`."""
+
+    model: str
+    """Local Hugging Face directory, or a hub id."""
+    served_model_name: str | None = None
+    """The name clients use; the model's last path component where absent."""
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    tp: int = 1
+    pp: int = 1
+    engines: int = 1
+    routers: int = 1
+    """Serve replicas of the router."""
+    host: str = "0.0.0.0"
+    port: int = 8000
+    max_model_len: int | None = None
+    """Default: what the model's config allows, cut to what the pool holds."""
+    kv_memory: int | None = None
+    """Bytes for the paged KV pool of one worker (written 4GiB, 512MiB, 2000000). Default: a share of what is free."""
+    block_size: int = 16
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    batching: Batching = "continuous"
+    reservation: Reservation = "paged"
+    threads: int | None = None
+    """CPU threads of one worker. Default: the cores there are, shared among this node's workers."""
+    max_queue: int = 1024
+    """Requests waiting for an engine, cluster-wide; the next one is answered 429."""
+    request_timeout_s: float = 600.0
+    step_timeout_s: float = 60.0
+    """A step without result for so long means the workers hang: the epoch ends."""
+    load_timeout_s: float = 600.0
+    attention: Literal["torch", "reference"] = "torch"
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("model is empty: name a directory or a hub id")
+        numbers = ("tp", "pp", "engines", "routers", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_queue")
+        _at_least_one(self, *numbers)
+        for name in ("max_model_len", "kv_memory", "threads"):
+            if getattr(self, name) is not None:
+                _at_least_one(self, name)
+        for name in ("request_timeout_s", "step_timeout_s", "load_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must be above 0")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}, but ports go from 0 to 65535")
+        for name in ("tp", "pp", "engines"):
+            if getattr(self, name) > 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but only 1 is supported so far")
+
+    @property
+    def model_name(self) -> str:
+        """The name under which clients ask for the model."""
+        return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def from_mapping(values: Mapping[str, Any]) -> Config:
+    """Config of plain values (YAML, command line), each checked against its field's type."""
+    hints = get_type_hints(Config)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(f"unknown setting '{unknown[0]}'; known are: {', '.join(sorted(hints))}")
+    if "model" not in values:
+        raise ConfigError("model is missing")
+    checked = {name: _check(name, value, hints[name]) for name, value in values.items() if value is not None}
+    return Config(**checked)
+
+
+def parse_bytes(text: str | int) -> int:
+    """'4GiB', '512MB', '1.5g' or a plain number as bytes."""
+    if isinstance(text, int):
+        return text
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?)b?\s*", text.lower())
+    if not found or found[2] not in _UNITS:
+        raise ConfigError(f"'{text}' is no amount of memory; write 4GiB, 512MiB or a number of bytes")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _check(name: str, value: Any, hint: Any) -> Any:
+    if name == "kv_memory" and isinstance(value, str):
+        return parse_bytes(value)
+    allowed = [hint] if get_origin(hint) is Literal else [part for part in get_args(hint) or (hint,) if part is not type(None)]
+    for part in allowed:
+        if get_origin(part) is Literal:
+            if value in get_args(part):
+                return value
+            raise ConfigError(f"{name} is '{value}'; choose one of {', '.join(map(str, get_args(part)))}")
+        if part is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, part) and not isinstance(value, bool):
+            return value
+    wanted = " or ".join(part.__name__ for part in allowed)
+    raise ConfigError(f"{name} is {value!r}, but must be {wanted}")
+
+
+def _at_least_one(config: Any, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}, but must be at least 1")
+
+
+def batch_config(config: Config, num_blocks: int, max_model_len: int) -> BatchConfig:
+    """The Batcher's part of `config` for a pool of `num_blocks` blocks."""
+    shared = {f.name for f in dataclasses.fields(BatchConfig)} & {f.name for f in dataclasses.fields(Config)}
+    values = {name: getattr(config, name) for name in shared if name != "max_model_len"}
+    return BatchConfig(num_blocks=num_blocks, max_model_len=max_model_len, **values)

@@ -1,0 +1,368 @@
+"""One copy of the model as a state machine: its workers' life-cycle, its requests, its plans in flight. No I/O.
+
+Messages and a clock go in, actions come out; cluster/actors.py carries them out with sockets and Ray, tests in one process on a
+virtual clock. The life of the workers:
+
+    start -> [loading] -- every rank ready --> [serving] -- error, death, silence --> [loading] of the next epoch ...
+
+When an epoch ends its requests are released to their routers, which place them again with what was already delivered.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from cluster.batcher import Batcher
+from cluster.config import BatchConfig
+from cluster.protocol import (
+    Cancel,
+    Credit,
+    Deltas,
+    EngineMessage,
+    EngineReport,
+    EngineStats,
+    MetricSample,
+    Ping,
+    Pong,
+    Rejected,
+    Released,
+    Request,
+    RouterDown,
+    RouterMessage,
+    SchedulerMessage,
+    StepResult,
+    Submit,
+    TokenDelta,
+    WorkerFailed,
+    WorkerMessage,
+    WorkerReady,
+)
+from kv.manager import KVManager
+
+
+@dataclass(frozen=True)
+class Send:
+    """Put a message into the mailbox at `address`."""
+
+    address: str
+    message: RouterMessage | SchedulerMessage | WorkerMessage
+
+
+@dataclass(frozen=True)
+class StartWorkers:
+    """Start all ranks for `epoch`; each will answer WorkerReady or WorkerFailed to the engine's address."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class KillWorkers:
+    """Kill all ranks of `epoch` and make sure that they are dead, frozen ones too."""
+
+    epoch: int
+    reason: str
+
+
+Action = Send | StartWorkers | KillWorkers
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """An engine's settings. num_blocks and max_model_len of `batch` are replaced by what its workers report when loaded."""
+
+    name: str
+    address: str
+    """Of the engine's own mailbox."""
+    scheduler: str
+    """Address of the global scheduler."""
+    batch: BatchConfig
+    num_ranks: int = 1
+    step_timeout_s: float = 60.0
+    load_timeout_s: float = 600.0
+    heartbeat_s: float = 1.0
+    longest_backoff_s: float = 30.0
+
+
+@dataclass
+class Metrics:
+    """Running totals of an engine's process."""
+
+    steps: int = 0
+    tokens_computed: int = 0
+    preemptions: int = 0
+    epochs: int = 0
+
+    def samples(self, engine: str) -> list[MetricSample]:
+        """As MetricSamples."""
+        labels = (("engine", engine),)
+        return [
+            MetricSample("rayline:iterations_total", labels, float(self.steps)),
+            MetricSample("rayline:computed_tokens_total", labels, float(self.tokens_computed)),
+            MetricSample("vllm:num_preemptions_total", labels, float(self.preemptions)),
+            MetricSample("rayline:engine_epochs_total", labels, float(self.epochs)),
+        ]
+
+
+@dataclass
+class _Epoch:
+    """What lasts as long as one set of workers."""
+
+    number: int
+    began_at: float
+    start_at: float | None
+    """When to start its workers, if that has not been done (back-off after a failure)."""
+    ready: dict[int, WorkerReady] = field(default_factory=dict)
+    batcher: Batcher | None = None
+    heard_at: float = 0.0
+    """Last sign of progress: a worker's answer, or the launch that ended an idle time."""
+    pinged_at: float | None = None
+
+
+class Engine:
+    """The engine's logic. Feed it with receive(), workers_died() and tick(); carry out what take_actions() returns."""
+
+    def __init__(self, config: EngineConfig, first_epoch: int, now: float) -> None:
+        """`first_epoch` must be above every epoch of an engine of this name that was ever started: take unix milliseconds."""
+        self.config = config
+        self.metrics = Metrics()
+        self._actions: list[Action] = []
+        self._requests: dict[str, Request] = {}
+        self._deadlines: dict[str, float] = {}
+        self._accepted: list[tuple[str, int]] = []
+        self._failures = 0
+        self._reason = "starting"
+        self._report_number = 0
+        self._reported: tuple[object, ...] = ()
+        self._reported_at = now
+        self._epoch = _Epoch(first_epoch, now, start_at=now)
+        self.tick(now)
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch."""
+        return self._epoch.number
+
+    @property
+    def batcher(self) -> Batcher | None:
+        """The current epoch's, once all workers are ready."""
+        return self._epoch.batcher
+
+    def take_actions(self) -> list[Action]:
+        """All that is to be done now, in order; each is returned once."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    # --- what happens -----------------------------------------------------------------------------------------------
+
+    def receive(self, message: EngineMessage, now: float) -> None:
+        """Take in one message. Messages of other epochs change nothing."""
+        match message:
+            case Submit():
+                self._submit(message, now)
+            case Cancel():
+                self._cancel(message)
+            case RouterDown():
+                for request in [r for r in self._requests.values() if r.reply_to == message.router]:
+                    self._drop(request.id)
+            case StepResult():
+                self._result(message, now)
+            case WorkerReady():
+                self._worker_ready(message, now)
+            case WorkerFailed() if message.epoch == self.epoch:
+                self._end_epoch(f"worker {message.rank} could not load: {message.reason}", now)
+            case Pong() if message.epoch == self.epoch:
+                self._epoch.heard_at, self._epoch.pinged_at = now, None
+            case _:
+                pass
+        self._pump(now)
+
+    def workers_died(self, epoch: int, reason: str, now: float) -> None:
+        """A worker process of `epoch` is gone."""
+        if epoch == self.epoch and self._epoch.start_at is None:
+            self._end_epoch(reason, now)
+        self._pump(now)
+
+    def tick(self, now: float) -> None:
+        """Look at the clock: time-outs, back-off, heartbeats. Call a few times a second."""
+        epoch = self._epoch
+        if epoch.start_at is not None and now >= epoch.start_at:
+            epoch.start_at, epoch.began_at = None, now
+            self.metrics.epochs += 1
+            self._actions.append(StartWorkers(epoch.number))
+        if epoch.start_at is None:
+            self._watch(epoch, now)
+        for request in [r for r, deadline in self._deadlines.items() if now >= deadline]:
+            self._drop(request)
+        self._pump(now)
+
+    def _watch(self, epoch: _Epoch, now: float) -> None:
+        """The watchdog: on progress, not on whether a process still exists."""
+        config = self.config
+        if epoch.batcher is None:
+            if now - epoch.began_at > config.load_timeout_s:
+                self._end_epoch(f"workers not ready after {config.load_timeout_s:.0f} s", now)
+        elif epoch.batcher.in_flight:
+            if now - epoch.heard_at > config.step_timeout_s:
+                self._end_epoch(f"a step without result for {config.step_timeout_s:.0f} s", now)
+        elif epoch.pinged_at is not None:
+            if now - epoch.pinged_at > config.step_timeout_s:
+                self._end_epoch(f"no answer from an idle worker for {config.step_timeout_s:.0f} s", now)
+        elif now - epoch.heard_at > config.step_timeout_s / 4:
+            epoch.pinged_at = now
+            self._send(epoch.ready[0].address, Ping(epoch.number, self._report_number))
+
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    def _submit(self, message: Submit, now: float) -> None:
+        request, batcher = message.request, self.batcher
+        key = (request.id, request.attempt)
+        if message.epoch != self.epoch or batcher is None:
+            self._send(request.reply_to, Released(self.config.name, message.epoch, [key], "the epoch is over"))
+            return
+        self._accepted.append(key)
+        known = self._requests.get(request.id)
+        if known is not None:
+            if known.attempt >= request.attempt:
+                return
+            self._drop(request.id)
+        impossible = batcher.why_impossible(request)
+        if impossible is not None:
+            self._send(request.reply_to, Rejected(request.id, request.attempt, impossible))
+            return
+        self._requests[request.id] = request
+        if request.deadline_s is not None:
+            self._deadlines[request.id] = now + request.deadline_s
+        batcher.add(request, now)
+
+    def _cancel(self, message: Cancel) -> None:
+        known = self._requests.get(message.request)
+        if known is not None and known.attempt == message.attempt and self.batcher is not None:
+            self.batcher.cancel(message.request, message.choices)
+            self._forget_ended([message.request])
+
+    def _drop(self, request: str) -> None:
+        if self.batcher is not None:
+            self.batcher.cancel(request)
+        self._requests.pop(request, None)
+        self._deadlines.pop(request, None)
+
+    def _forget_ended(self, requests: Iterable[str]) -> None:
+        assert self.batcher is not None
+        for request in requests:
+            if not self.batcher.has_request(request):
+                self._requests.pop(request, None)
+                self._deadlines.pop(request, None)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def _pump(self, now: float) -> None:
+        """ORCA's loop: launch until as many plans are in flight as there are stages."""
+        epoch, batcher = self._epoch, self.batcher
+        while batcher is not None and len(batcher.in_flight) < self.config.batch.pp:
+            idle = not batcher.in_flight
+            plan = batcher.schedule(now)
+            if plan is None:
+                break
+            if idle:
+                epoch.heard_at, epoch.pinged_at = now, None
+            self.metrics.steps += 1
+            self.metrics.tokens_computed += sum(chunk.num_tokens for chunk in plan.chunks)
+            self._send(epoch.ready[0].address, plan)
+        self._report(now)
+
+    def _result(self, result: StepResult, now: float) -> None:
+        batcher = self.batcher
+        if result.epoch != self.epoch or batcher is None:
+            return
+        if result.error is not None:
+            self._end_epoch(f"step {result.step} failed: {result.error}", now)
+            return
+        if not batcher.in_flight or batcher.in_flight[0].plan.step != result.step:
+            self._end_epoch(f"unexpected result of step {result.step}", now)
+            return
+        deltas = batcher.update(result)
+        self._epoch.heard_at = now
+        self._failures = 0
+        self._deliver(deltas)
+
+    def _deliver(self, deltas: list[TokenDelta]) -> None:
+        """One message per router, however many of its requests have news."""
+        by_router: dict[str, list[TokenDelta]] = {}
+        for delta in deltas:
+            by_router.setdefault(self._requests[delta.request].reply_to, []).append(delta)
+        for router, news in by_router.items():
+            self._send(router, Deltas(self.config.name, self.epoch, news))
+        self._forget_ended(delta.request for delta in deltas if delta.finish is not None)
+
+    # --- epochs -----------------------------------------------------------------------------------------------------
+
+    def _worker_ready(self, message: WorkerReady, now: float) -> None:
+        epoch = self._epoch
+        if message.epoch != epoch.number or epoch.start_at is not None:
+            return
+        epoch.ready[message.rank] = message
+        epoch.heard_at = now
+        if len(epoch.ready) < self.config.num_ranks or epoch.batcher is not None:
+            return
+        batch = dataclasses.replace(
+            self.config.batch,
+            num_blocks=min(r.num_blocks for r in epoch.ready.values()),
+            max_model_len=min(r.max_model_len for r in epoch.ready.values()),
+        )
+        epoch.batcher = Batcher(batch, KVManager(batch), epoch.number)
+        self._reason = ""
+
+    def _end_epoch(self, reason: str, now: float) -> None:
+        """Everything of this epoch is over; the next one begins, later if the last ones failed without one step done."""
+        over = self._epoch
+        if over.batcher is not None:
+            self.metrics.preemptions += over.batcher.num_preemptions
+        by_router: dict[str, list[tuple[str, int]]] = {}
+        for request in self._requests.values():
+            by_router.setdefault(request.reply_to, []).append((request.id, request.attempt))
+        for router, requests in by_router.items():
+            self._send(router, Released(self.config.name, over.number, requests, reason))
+        self._requests.clear()
+        self._deadlines.clear()
+        self._accepted.clear()
+        self._actions.append(KillWorkers(over.number, reason))
+        self._reason = reason
+        wait = 0.0 if self._failures == 0 else min(self.config.longest_backoff_s, 2.0 ** (self._failures - 1))
+        self._failures += 1
+        self._epoch = _Epoch(over.number + 1, now, start_at=now + wait)
+        self._report_number = 0
+        self._reported = ()
+
+    # --- reports ----------------------------------------------------------------------------------------------------
+
+    def _report(self, now: float) -> None:
+        """Tell the scheduler what changed, and every heartbeat that nothing did."""
+        batcher = self.batcher
+        credit = batcher.credit() if batcher else Credit(0, 0)
+        state = (self.epoch, batcher is not None, self._reason, credit)
+        if state == self._reported and not self._accepted and now - self._reported_at < self.config.heartbeat_s:
+            return
+        self._reported, self._reported_at = state, now
+        self._report_number += 1
+        accepted, self._accepted = self._accepted, []
+        running = self.metrics
+        if batcher is not None:
+            running = dataclasses.replace(running, preemptions=running.preemptions + batcher.num_preemptions)
+        report = EngineReport(
+            engine=self.config.name,
+            epoch=self.epoch,
+            number=self._report_number,
+            address=self.config.address,
+            ready=batcher is not None,
+            reason=self._reason,
+            credit=credit,
+            capacity=batcher.capacity() if batcher else Credit(0, 0),
+            max_sequence_tokens=batcher.config.max_sequence_tokens if batcher else 0,
+            accepted=accepted,
+            stats=batcher.stats() if batcher else EngineStats(),
+            metrics=running.samples(self.config.name),
+        )
+        self._send(self.config.scheduler, report)
+
+    def _send(self, address: str, message: RouterMessage | SchedulerMessage | WorkerMessage) -> None:
+        self._actions.append(Send(address, message))

@@ -1,0 +1,1 @@
+"""Training of the small demo model that ships with the project."""

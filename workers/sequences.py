@@ -1,0 +1,130 @@
+"""What a worker remembers of the sequences it was told of: StepPlans are differences, this is what they add up to."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.protocol import Admission, Chunk, NewSequence, SamplingParams, StepPlan
+
+
+class PlanError(RuntimeError):
+    """A plan that does not follow from the ones before it: a bug in the engine, or a lost message."""
+
+
+@dataclass
+class SequenceState:
+    """One sequence in a worker."""
+
+    seq: int
+    choice: int
+    params: SamplingParams
+    num_prompt: int
+    tokens: NDArray[np.int32]
+    """[capacity]: prompt, then emitted and sampled tokens; valid up to num_tokens."""
+    num_tokens: int
+    blocks: NDArray[np.int32]
+    """[capacity]: block table; valid up to num_blocks."""
+    num_blocks: int = 0
+    num_computed: int = 0
+
+    def put_tokens(self, start: int, ids: list[int]) -> None:
+        """Write ids at positions [start, start + len(ids)); they become the last known ones."""
+        end = start + len(ids)
+        self.tokens = _grown(self.tokens, end)
+        self.tokens[start:end] = ids
+        self.num_tokens = end
+
+    def add_blocks(self, ids: list[int]) -> None:
+        """Append to the block table."""
+        end = self.num_blocks + len(ids)
+        self.blocks = _grown(self.blocks, end)
+        self.blocks[self.num_blocks : end] = ids
+        self.num_blocks = end
+
+    @property
+    def block_table(self) -> NDArray[np.int32]:
+        """[num_blocks]"""
+        return self.blocks[: self.num_blocks]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A chunk with its sequence: positions [start, end) are run, and their KV written."""
+
+    state: SequenceState
+    start: int
+    end: int
+    sample: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Queries of this span."""
+        return self.end - self.start
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """[num_tokens]: input tokens."""
+        return self.state.tokens[self.start : self.end]
+
+
+@dataclass
+class SequenceTable:
+    """All sequences of one worker in one epoch."""
+
+    block_size: int
+    states: dict[int, SequenceState] = field(default_factory=dict)
+
+    def apply(self, plan: StepPlan) -> list[Span]:
+        """Take in a plan's differences; returns its chunks in batch order. Raises PlanError where the plan can't be right."""
+        for seq in plan.finished:
+            self.states.pop(seq, None)
+        for admission in plan.admitted:
+            self._admit(admission)
+        return [self._advance(chunk) for chunk in plan.chunks]
+
+    def commit(self, span: Span, tokens: list[int]) -> None:
+        """Tokens drawn here after `span`: known from now on, so that a next plan need not carry them."""
+        span.state.put_tokens(span.end, tokens)
+
+    def _admit(self, admission: Admission) -> None:
+        if admission.new is not None:
+            self.states[admission.seq] = _new_state(admission.seq, admission.new)
+        state = self.states.get(admission.seq)
+        if state is None:
+            raise PlanError(f"sequence {admission.seq} is admitted, but was never sent")
+        state.num_blocks = 0
+        state.num_computed = admission.num_computed
+        state.add_blocks(admission.blocks)
+
+    def _advance(self, chunk: Chunk) -> Span:
+        state = self.states.get(chunk.seq)
+        if state is None:
+            raise PlanError(f"sequence {chunk.seq} is not known here")
+        end = chunk.start + chunk.num_tokens
+        state.add_blocks(chunk.new_blocks)
+        if chunk.tokens:
+            state.put_tokens(end - len(chunk.tokens), chunk.tokens)
+        if chunk.num_tokens < 1 or chunk.start > state.num_computed or end > state.num_tokens:
+            known = f"{state.num_computed} computed of {state.num_tokens}"
+            raise PlanError(f"sequence {chunk.seq}: positions [{chunk.start}, {end}) don't follow {known}")
+        if end > state.num_blocks * self.block_size:
+            raise PlanError(f"sequence {chunk.seq}: {end} positions don't fit {state.num_blocks} blocks")
+        state.num_computed = end
+        return Span(state, chunk.start, end, chunk.sample)
+
+
+def _new_state(seq: int, new: NewSequence) -> SequenceState:
+    num_tokens = len(new.prompt) + len(new.emitted)
+    room = num_tokens + min(new.params.max_tokens, 512)
+    tokens = np.zeros(room, dtype=np.int32)
+    tokens[:num_tokens] = new.prompt + new.emitted
+    return SequenceState(seq, new.choice, new.params, len(new.prompt), tokens, num_tokens, np.zeros(16, dtype=np.int32))
+
+
+def _grown(array: NDArray[np.int32], size: int) -> NDArray[np.int32]:
+    if size <= len(array):
+        return array
+    grown = np.zeros(max(size, 2 * len(array)), dtype=np.int32)
+    grown[: len(array)] = array
+    return grown
