@@ -109,6 +109,7 @@ class Batcher:
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next iteration, launched: None if nothing can run now. Call only while fewer than `pp` plans are in flight."""
+        self._end_static_batch()
         self._free_held_back()
         plan = StepPlan(epoch=self.epoch, step=self._next_step, admitted=[], chunks=[], copies=[], finished=[])
         chosen: list[Sequence] = []
@@ -129,6 +130,7 @@ class Batcher:
     def _schedule_decodes(self, plan: StepPlan, chosen: list[Sequence]) -> int:
         """At most ceil(running / pp) decodes, so that every stage has its share. Returns how many tokens they take."""
         most = -(-len(self.running) // self.config.pp)
+        rerun = self.config.batching == "static" and any(s.finish is None for s in self.running)
         count = 0
         for sequence in list(self.running):
             if count == most:
@@ -136,7 +138,7 @@ class Batcher:
             if not self.kv.holds(sequence.seq):
                 continue  # preempted by an older one in this loop
             if sequence.finish is not None:
-                count += self._rerun(sequence, plan, chosen)
+                count += rerun and self._rerun(sequence, plan, chosen)
             elif sequence.schedulable == 1:
                 count += self._run(sequence, 1, plan, chosen)
         return count
@@ -230,7 +232,7 @@ class Batcher:
 
     def _rerun(self, sequence: Sequence, plan: StepPlan, chosen: list[Sequence]) -> bool:
         """A finished row of a static batch: computed on until the last one is done, as the original does. Its token is dropped."""
-        if self.config.batching != "static" or sequence.in_flight or not sequence.num_computed:
+        if sequence.in_flight or not sequence.num_computed:
             return False
         plan.chunks.append(Chunk(sequence.seq, sequence.num_computed - 1, 1, [], [], sample=True))
         self._launch(sequence, chosen)
@@ -294,9 +296,8 @@ class Batcher:
             sequence.in_flight -= 1
             if sequence.finish is None and chunk.sample:
                 deltas.append(self._advance(sequence, drawn[chunk.seq]))
-            if sequence.finish is not None and sequence.in_flight == 0:
-                self._leave(sequence)
-        self._end_static_batch()
+            elif sequence.finish is not None and sequence.in_flight == 0:
+                self._leave(sequence)  # cancelled, or finished earlier, while plans held it
         return deltas
 
     def _advance(self, sequence: Sequence, result: ChunkResult) -> TokenDelta:
@@ -346,16 +347,14 @@ class Batcher:
             self._leave(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
-        """Out of the running set, unless a static batch keeps its memory until the longest is done."""
-        if self.config.batching != "continuous" and any(s.finish is None for s in self.running):
-            return
-        if self.kv.holds(sequence.seq):
+        """Out of the running set; a static batch keeps its memory until the longest is done."""
+        if self.config.batching == "continuous":
             self._release(sequence)
 
     def _end_static_batch(self) -> None:
         if self.config.batching != "continuous" and all(s.finish is not None and s.in_flight == 0 for s in self.running):
             for sequence in list(self.running):
-                self._leave(sequence)
+                self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

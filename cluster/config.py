@@ -14,6 +14,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Batching = Literal["continuous", "static", "static-skip"]
 Reservation = Literal["paged", "max_tokens", "contiguous"]
+PlacementPolicy = Literal["least_loaded", "round_robin"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -90,6 +91,7 @@ class Config:
     reservation: Reservation = "paged"
     threads: int | None = None
     """CPU threads of one worker. Default: the cores there are, shared among this node's workers."""
+    placement: PlacementPolicy = "least_loaded"
     max_queue: int = 1024
     """Requests waiting for an engine, cluster-wide; the next one is answered 429."""
     request_timeout_s: float = 600.0

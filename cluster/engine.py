@@ -18,6 +18,7 @@ from cluster.protocol import (
     Cancel,
     Credit,
     Deltas,
+    EngineDown,
     EngineMessage,
     EngineReport,
     EngineStats,
@@ -164,6 +165,8 @@ class Engine:
             case RouterDown():
                 for request in [r for r in self._requests.values() if r.reply_to == message.router]:
                     self._drop(request.id)
+            case EngineDown() if message.epoch >= self.epoch:
+                self._end_epoch("taken for dead by the scheduler", now)
             case StepResult():
                 self._result(message, now)
             case WorkerReady():

@@ -194,7 +194,7 @@ class RouterHello(Wire, tag=True):
 
 
 class EngineDown(Wire, tag=True):
-    """Scheduler -> every router: this engine's epochs up to and including `epoch` are over."""
+    """Scheduler -> every router, and an engine that was wrongly taken for dead: epochs up to and with `epoch` are over."""
 
     engine: str
     epoch: int
@@ -210,6 +210,7 @@ class ClusterStatus(Wire, tag=True):
     """Scheduler -> every router, each heartbeat and on change: what /health, /metrics and /v1/models speak from."""
 
     scheduler: str
+    """Drawn when the scheduler starts. A new one knows of no request: those not yet bound must be placed again."""
     engines: "list[EngineStatus]"
     queued: int
     metrics: "list[MetricSample]"
@@ -399,5 +400,5 @@ class Stop(Wire, tag=True):
 
 RouterMessage = Deltas | Released | Rejected | Placement | Refusal | EngineDown | ClusterStatus
 SchedulerMessage = Place | Withdraw | RouterHello | EngineReport
-EngineMessage = Submit | Cancel | RouterDown | StepResult | WorkerReady | WorkerFailed | Pong
+EngineMessage = Submit | Cancel | RouterDown | EngineDown | StepResult | WorkerReady | WorkerFailed | Pong
 WorkerMessage = StepPlan | Ping | Stop

@@ -1,0 +1,321 @@
+"""A whole cluster in one process on a virtual clock: routers, scheduler, engines and fake workers, with faults from a seed.
+
+Messages of one sender to one receiver arrive in order (as over one TCP connection), each after a random delay; what is under way to
+or from a process that dies is lost.
+"""
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster import engine as engines
+from cluster.config import BatchConfig
+from cluster.protocol import Ping, Pong, RouterHello, SamplingParams, StepPlan, Stop, WorkerReady
+from cluster.scheduler import GlobalScheduler, SchedulerConfig
+from router.generation import Generation
+from router.journal import Journal, JournalConfig
+from workers.fake import FakeStage, fake_output
+
+STEP_TIMEOUT_S = 5.0
+
+
+@dataclass
+class Client:
+    """What one client asked for and what it was given."""
+
+    prompt: list[int]
+    params: SamplingParams
+    at: float
+    cancel_at: float | None = None
+    timeout_s: float = 1e6
+    tokens: list[list[int]] = field(default_factory=list)
+    finish: list[str | None] = field(default_factory=list)
+    error: Exception | None = None
+    cancelled: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Nothing more is to come."""
+        return self.cancelled or self.error is not None or all(self.finish)
+
+
+class Process:
+    """Something with an address that can die; `generation` tells its lives apart."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.life = 0
+        self.alive = True
+
+
+class Simulation:
+    """Call run(); then look at clients and check_empty()."""
+
+    def __init__(self, seed: int, clients: list[Client], batch: BatchConfig, num_engines: int = 1, num_routers: int = 1) -> None:
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.batch = batch
+        self.clients = {f"r{i}": client for i, client in enumerate(clients)}
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._counter = itertools.count()
+        self._arrival: dict[tuple[str, str], float] = {}
+        self.processes: dict[str, Process] = {}
+        self.frozen: set[str] = set()
+        self.epochs = itertools.count(1000, 1000)
+        self._start_scheduler(0)
+        self.routers = {f"router{i}": self._start_router(f"router{i}") for i in range(num_routers)}
+        self.engines: dict[str, engines.Engine] = {}
+        self.stages: dict[str, list[FakeStage]] = {}
+        for i in range(num_engines):
+            self._start_engine(f"engine{i}")
+        for id, client in self.clients.items():
+            self._client(id, client)
+        self.at(0.0, self._tick)
+
+    # --- processes --------------------------------------------------------------------------------------------------
+
+    def _start_scheduler(self, number: int) -> None:
+        process = self.processes.setdefault("scheduler", Process("scheduler"))
+        process.alive = True
+        config = SchedulerConfig(binding_timeout_s=3.0, silence_s=4.0)
+        self.scheduler = GlobalScheduler(config, f"scheduler{number}", self.now)
+
+    def _start_router(self, name: str) -> Journal:
+        self.processes[name] = Process(name)
+        return Journal(JournalConfig(name, "scheduler", max_attempts=100))
+
+    def _start_engine(self, name: str) -> None:
+        process = self.processes.setdefault(name, Process(name))
+        process.alive = True
+        config = engines.EngineConfig(
+            name, name, "scheduler", self.batch, num_ranks=self.batch.pp, step_timeout_s=STEP_TIMEOUT_S, load_timeout_s=10.0
+        )
+        self.engines[name] = engines.Engine(config, next(self.epochs), self.now)
+        self.flush()
+
+    def kill_workers(self, name: str) -> None:
+        """A worker process of the engine dies; its shell notices a little later."""
+        engine = self.engines[name]
+        epoch = engine.epoch
+        self._worker_lives(name)
+        self.at(
+            self.now + self.random.random(),
+            lambda: self._on_engine(name, engine, lambda: engine.workers_died(epoch, "killed", self.now)),
+        )
+
+    def freeze_workers(self, name: str) -> None:
+        """Its workers stop answering, but nobody sees them die."""
+        self._worker_lives(name)
+
+    def _worker_lives(self, name: str) -> None:
+        for stage in range(self.batch.pp):
+            process = self.processes.get(f"{name}/{stage}")
+            if process is not None:
+                process.life += 1
+
+    def kill_engine(self, name: str) -> None:
+        """The engine's process dies with its workers; another is started later under the same name."""
+        process = self.processes[name]
+        process.alive = False
+        process.life += 1
+        self._worker_lives(name)
+        if self.random.random() < 0.5:  # else the scheduler has to notice by the silence
+            self.at(self.now + self.random.random(), lambda: self.scheduler.engine_died(name, self.now))
+        self.at(self.now + 1 + 5 * self.random.random(), lambda: self._start_engine(name))
+
+    def restart_scheduler(self) -> None:
+        """The scheduler dies with all it knew, and is started anew."""
+        process = self.processes["scheduler"]
+        process.alive = False
+        process.life += 1
+        self.at(self.now + self.random.random(), lambda: self._start_scheduler(process.life))
+
+    def cut_off(self, name: str) -> None:
+        """The scheduler hears nothing of an engine for a while, though it lives and goes on talking to routers."""
+        self.frozen.add(name)
+        self.at(self.now + 6.0, lambda: self.frozen.discard(name))
+
+    # --- clock and network ------------------------------------------------------------------------------------------
+
+    def at(self, time: float, event: Callable[[], None]) -> None:
+        """Run `event` at virtual time `time`."""
+        heapq.heappush(self._events, (time, next(self._counter), event))
+
+    def _send(self, source: str, target: str, message: Any) -> None:
+        receiver = self.processes.get(target)
+        if receiver is None or (target == "scheduler" and source in self.frozen):
+            return
+        arrival = max(self.now + self.random.expovariate(1 / 0.005), self._arrival.get((source, target), 0.0))
+        self._arrival[source, target] = arrival
+        sender, lives = self.processes[source], (self.processes[source].life, receiver.life)
+
+        def deliver() -> None:
+            if (sender.life, receiver.life) == lives and receiver.alive:
+                self._receive(target, message)
+
+        self.at(arrival, deliver)
+
+    def _receive(self, target: str, message: Any) -> None:
+        if target == "scheduler":
+            self.scheduler.receive(message, self.now)
+        elif target in self.routers:
+            self.routers[target].receive(message, self.now)
+        elif "/" in target:
+            self._worker(target, message, [])
+        else:
+            self._on_engine(target, self.engines[target], lambda: self.engines[target].receive(message, self.now))
+        self.flush()
+
+    def _on_engine(self, name: str, engine: engines.Engine, action: Callable[[], None]) -> None:
+        if self.processes[name].alive and self.engines[name] is engine:
+            action()
+            if engine.batcher is not None:
+                engine.batcher.check_integrity()
+
+    def flush(self) -> None:
+        """Carry out what the state machines want done."""
+        for send in self.scheduler.take_messages():
+            self._send("scheduler", send.address, send.message)
+        for name, journal in self.routers.items():
+            for message in journal.take_messages():
+                self._send(name, message.address, message.message)
+            for news in journal.take_news():
+                self._news(news.id, news)
+        for name, engine in self.engines.items():
+            if not self.processes[name].alive:
+                continue
+            for action in engine.take_actions():
+                match action:
+                    case engines.Send():
+                        self._send(name, action.address, action.message)
+                    case engines.StartWorkers():
+                        self._start_workers(name, action.epoch)
+                    case engines.KillWorkers():
+                        self._worker_lives(name)
+
+    def _tick(self) -> None:
+        if self.processes["scheduler"].alive:
+            self.scheduler.tick(self.now)
+        for name, journal in self.routers.items():
+            journal.tick(self.now)
+            self._send(name, "scheduler", RouterHello(name, []))
+        for name, engine in self.engines.items():
+            self._on_engine(name, engine, lambda engine=engine: engine.tick(self.now))  # type: ignore[misc]
+        self.flush()
+        self.at(self.now + 0.5, self._tick)
+
+    # --- workers ----------------------------------------------------------------------------------------------------
+
+    def _start_workers(self, name: str, epoch: int) -> None:
+        batch = self.batch
+        self.stages[name] = [FakeStage(i, batch.pp, batch.num_blocks, batch.block_size) for i in range(batch.pp)]
+        for rank in range(batch.pp):
+            address = f"{name}/{rank}"
+            process = self.processes.setdefault(address, Process(address))
+            process.life += 1
+            ready = WorkerReady(
+                epoch=epoch, rank=rank, address=address, num_blocks=batch.num_blocks, max_model_len=batch.max_model_len
+            )
+            life = process.life
+            self.at(
+                self.now + self.random.random(),
+                lambda process=process, life=life, ready=ready: (  # type: ignore[misc]
+                    self._send(process.address, name, ready) if process.life == life else None
+                ),
+            )
+
+    def _worker(self, address: str, message: Any, hidden: list[int]) -> None:
+        name, rank = address.split("/")[0], int(address.split("/")[1])
+        match message:
+            case StepPlan():
+                out, result = self.stages[name][rank].execute(message, hidden)
+                if result is not None:
+                    self._send(address, name, result)
+                else:
+                    self._forward(address, f"{name}/{rank + 1}", message, out)
+            case Ping():
+                self._send(address, name, Pong(message.epoch, message.number, rank))
+            case Stop():
+                pass
+
+    def _forward(self, source: str, target: str, plan: StepPlan, hidden: list[int]) -> None:
+        receiver = self.processes[target]
+        arrival = max(self.now + self.random.expovariate(1 / 0.01), self._arrival.get((source, target), 0.0))
+        self._arrival[source, target] = arrival
+        life = receiver.life
+        self.at(arrival, lambda: (self._worker(target, plan, hidden), self.flush()) if receiver.life == life else None)  # type: ignore[func-returns-value]
+
+    # --- clients ----------------------------------------------------------------------------------------------------
+
+    def _client(self, id: str, client: Client) -> None:
+        router = self.routers[self.random.choice(list(self.routers))]
+        client.tokens = [[] for _ in range(client.params.n)]
+        client.finish = [None] * client.params.n
+
+        def begin() -> None:
+            router.begin(Generation(id, client.prompt, client.params, client.timeout_s), self.now, self.now)
+            self.flush()
+
+        def cancel() -> None:
+            if not client.over:
+                client.cancelled = True
+                router.cancel(id)
+                self.flush()
+
+        self.at(client.at, begin)
+        if client.cancel_at is not None:
+            self.at(client.cancel_at, cancel)
+
+    def _news(self, id: str, news: Any) -> None:
+        client = self.clients[id]
+        assert not client.over, "news of a request that was over"
+        client.error = news.error
+        for delta in news.deltas:
+            assert client.finish[delta.choice] is None, "tokens after the end"
+            assert (len(delta.logprobs) == len(delta.tokens)) == (client.params.logprobs is not None or not delta.tokens)
+            client.tokens[delta.choice] += delta.tokens
+            client.finish[delta.choice] = delta.finish
+
+    # --- running and checking ---------------------------------------------------------------------------------------
+
+    def run(self, limit_s: float) -> None:
+        """Until all clients have what they asked for and all is quiet, or virtual time `limit_s`: then something hangs."""
+        quiet_until = None
+        while self._events:
+            self.now, _, event = heapq.heappop(self._events)
+            event()
+            if all(client.over for client in self.clients.values()):
+                quiet_until = quiet_until or self.now + 60.0
+                if self.now > quiet_until:
+                    return
+            assert self.now < limit_s, f"still waiting: {[id for id, c in self.clients.items() if not c.over]}"
+
+    def check_clients(self) -> None:
+        """Every client has exactly its tokens; those who left early have a beginning of them."""
+        for id, client in self.clients.items():
+            for choice in range(client.params.n):
+                wanted = fake_output(client.prompt, client.params, choice, self.batch.pp)
+                given = client.tokens[choice]
+                if client.finish[choice] is not None:
+                    assert given == wanted, f"{id}/{choice}"
+                    reason = "stop" if wanted[-1] in client.params.stop_token_ids else "length"
+                    assert client.finish[choice] == reason
+                else:
+                    assert client.cancelled or client.error is not None
+                    assert given == wanted[: len(given)]
+
+    def check_empty(self) -> None:
+        """Nothing is left anywhere: no block, no request, no plan, no binding."""
+        assert self.scheduler.queued == 0
+        assert all(len(journal) == 0 for journal in self.routers.values())
+        for name, engine in self.engines.items():
+            assert engine.batcher is not None, f"{name} does not serve"
+            stats = engine.batcher.stats()
+            assert (stats.blocks_used, stats.running, stats.waiting, stats.in_flight) == (0, 0, 0, 0), name
+            engine.batcher.check_integrity()
+            assert not engine._requests, name
+            assert self.scheduler._engines[name].report.credit == engine.batcher.capacity()
+            assert not self.scheduler._engines[name].bindings

@@ -1,0 +1,124 @@
+"""The contracts, together, under random arrivals, cancels, deaths and tiny pools: nothing lost, doubled, mixed up or left over."""
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from cluster.config import BatchConfig, Batching, Reservation
+from cluster.protocol import SamplingParams, StepResult
+from tests.cluster.simulation import Client, Simulation
+
+FAULTS = ("kill_workers", "freeze_workers", "kill_engine", "restart_scheduler", "cut_off")
+
+
+@st.composite
+def clients(draw: st.DrawFn, longest: int) -> Client:
+    num_prompt = draw(st.integers(1, longest - 1))
+    at = draw(st.floats(0, 6))
+    params = SamplingParams(
+        seed=draw(st.integers(0, 2**64 - 1)),
+        max_tokens=draw(st.integers(1, longest - num_prompt)),
+        n=draw(st.sampled_from([1, 1, 1, 2, 5])),
+        stop_token_ids=tuple(range(draw(st.sampled_from([0, 0, 100])))),
+        logprobs=draw(st.sampled_from([None, 0])),
+    )
+    prompt = random.Random(draw(st.integers(0, 1000))).choices(range(997), k=num_prompt)
+    cancel_at = draw(st.one_of(st.none(), st.none(), st.floats(0, 3).map(lambda wait: at + wait)))
+    return Client(prompt, params, at, cancel_at)
+
+
+@st.composite
+def simulations(draw: st.DrawFn, pp: int, reservation: Reservation = "paged", batching: Batching = "continuous") -> Simulation:
+    block_size = draw(st.sampled_from([1, 4, 16]))
+    batch = BatchConfig(
+        num_blocks=draw(st.integers(3, 24)),
+        block_size=block_size,
+        max_model_len=draw(st.integers(2, 200)),
+        max_num_seqs=draw(st.integers(1, 8)),
+        max_num_batched_tokens=draw(st.integers(8, 64)),
+        pp=pp,
+        reservation=reservation,
+        batching=batching,
+    )
+    longest = batch.max_sequence_tokens
+    asked = draw(st.lists(clients(max(2, longest)), min_size=1, max_size=10))
+    seed = draw(st.integers(0, 2**32))
+    simulation = Simulation(seed, asked, batch, num_engines=draw(st.integers(1, 2)), num_routers=draw(st.integers(1, 2)))
+    for kind, time, victim in draw(st.lists(st.tuples(st.sampled_from(FAULTS), st.floats(0.5, 8), st.integers(0, 1)), max_size=4)):
+        fault = getattr(simulation, kind)
+        name = f"engine{victim % len(simulation.engines)}"
+        if kind == "restart_scheduler":
+            simulation.at(time, fault)
+        else:
+            simulation.at(time, lambda fault=fault, name=name: fault(name) if simulation.processes[name].alive else None)  # type: ignore[misc]
+    return simulation
+
+
+def check(simulation: Simulation) -> None:
+    simulation.run(limit_s=300.0)
+    simulation.check_clients()
+    for id, client in simulation.clients.items():
+        assert client.error is None, f"{id}: {client.error!r}"
+    simulation.check_empty()
+
+
+# Shrinking a hang costs minutes and helps little: the failing example is printed as it was drawn.
+COMMON = settings(
+    phases=[Phase.explicit, Phase.generate],
+    max_examples=200,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+)
+
+
+@pytest.mark.parametrize("pp", [1, 4])
+def test_every_client_gets_its_tokens_whatever_dies(pp: int) -> None:
+    @COMMON
+    @given(simulations(pp))
+    def run(simulation: Simulation) -> None:
+        check(simulation)
+
+    run()
+
+
+@pytest.mark.parametrize("reservation", ["max_tokens", "contiguous"])
+@pytest.mark.parametrize("pp", [1, 4])
+def test_baseline_reservations_keep_the_same_promise(pp: int, reservation: Reservation) -> None:
+    @settings(COMMON, max_examples=50)
+    @given(simulations(pp, reservation=reservation))
+    def run(simulation: Simulation) -> None:
+        check(simulation)
+
+    run()
+
+
+@pytest.mark.parametrize("batching", ["static", "static-skip"])
+@pytest.mark.parametrize("pp", [1, 4])
+def test_static_batching_keeps_the_same_promise(pp: int, batching: Batching) -> None:
+    @settings(COMMON, max_examples=50)
+    @given(simulations(pp, batching=batching))
+    def run(simulation: Simulation) -> None:
+        check(simulation)
+
+    run()
+
+
+def test_the_simulation_notices_a_lost_token() -> None:
+    """The oracle bites: an engine that loses one token of a result is caught."""
+    params = SamplingParams(seed=1, max_tokens=20)
+    batch = BatchConfig(num_blocks=10, max_model_len=100, max_num_seqs=4)
+    simulation = Simulation(0, [Client([1, 2, 3], params, 0.0)], batch)
+    engine = simulation.engines["engine0"]
+    original = engine.receive
+
+    def corrupt(message: object, now: float) -> None:
+        if isinstance(message, StepResult) and message.step == 7:
+            message.results[0].tokens[0] += 1
+        original(message, now)  # type: ignore[arg-type]
+
+    engine.receive = corrupt  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="r0/0"):
+        check(simulation)
