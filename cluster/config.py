@@ -145,6 +145,13 @@ def parse_bytes(text: str | int) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
+def batch_settings(config: Config, num_blocks: int, max_model_len: int) -> BatchConfig:
+    """The Batcher's part of `config`, for a pool of `num_blocks` blocks and sequences of at most `max_model_len` tokens."""
+    shared = {field.name for field in dataclasses.fields(BatchConfig)} & {field.name for field in dataclasses.fields(Config)}
+    values = {name: getattr(config, name) for name in shared if name != "max_model_len"}
+    return BatchConfig(num_blocks=num_blocks, max_model_len=max_model_len, **values)
+
+
 def _check(name: str, value: Any, hint: Any) -> Any:
     if name == "kv_memory" and isinstance(value, str):
         return parse_bytes(value)
@@ -166,10 +173,3 @@ def _at_least_one(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} is {getattr(config, name)}, but must be at least 1")
-
-
-def batch_config(config: Config, num_blocks: int, max_model_len: int) -> BatchConfig:
-    """The Batcher's part of `config` for a pool of `num_blocks` blocks."""
-    shared = {f.name for f in dataclasses.fields(BatchConfig)} & {f.name for f in dataclasses.fields(Config)}
-    values = {name: getattr(config, name) for name in shared if name != "max_model_len"}
-    return BatchConfig(num_blocks=num_blocks, max_model_len=max_model_len, **values)

@@ -34,9 +34,9 @@ class SamplingParams(Wire, kw_only=True):
     after penalties and bias, without filters or noise.
     """
 
-    seed: int
+    seed: int = 0
     """Unsigned 64 bit. Drawn by the router where the user gave none, so that a later attempt draws the same noise."""
-    max_tokens: int
+    max_tokens: int = 16
     """At most so many generated tokens per choice, those of earlier attempts included."""
     n: int = 1
     temperature: float = 1.0

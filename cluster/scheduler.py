@@ -46,6 +46,8 @@ class SchedulerConfig:
     """A bound request not accepted by then gives its credit back."""
     silence_s: float = 10.0
     """An engine or router not heard of for so long is taken for dead."""
+    lease_s: float = 60.0
+    """The application is over when no router was heard of for so long."""
     heartbeat_s: float = 1.0
     retry_after_s: float = 1.0
 
@@ -107,12 +109,17 @@ class GlobalScheduler:
         self._totals = Totals()
         self._messages: list[Send] = []
         self._next_heartbeat = now
+        self._router_heard_at: float | None = None
         self._turn = 0
 
     def take_messages(self) -> list[Send]:
         """All that is to be sent now, in order; each is returned once."""
         messages, self._messages = self._messages, []
         return messages
+
+    def lease_over(self, now: float) -> bool:
+        """Routers are the application's sign of life: whether there were some, and all have been silent for the lease's time."""
+        return self._router_heard_at is not None and now - self._router_heard_at > self.config.lease_s
 
     @property
     def queued(self) -> int:
@@ -131,7 +138,7 @@ class GlobalScheduler:
             case RouterHello():
                 if message.router not in self._routers:
                     self._send(message.router, self.status())
-                self._routers[message.router] = now
+                self._routers[message.router] = self._router_heard_at = now
                 self._totals.put(message.router, message.metrics)
             case EngineReport():
                 self._engine_report(message, now)

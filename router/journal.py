@@ -108,6 +108,10 @@ class Journal:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, id: str) -> bool:
+        """Whether more is to come of this generation."""
+        return id in self._entries
+
     # --- from the clients -------------------------------------------------------------------------------------------
 
     def begin(self, generation: Generation, arrival: float, now: float) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.protocol import Admission, Chunk, NewSequence, SamplingParams, StepPlan
+from workers.draws import DrawSetup
 
 
 class PlanError(RuntimeError):
@@ -18,7 +19,7 @@ class SequenceState:
 
     seq: int
     choice: int
-    params: SamplingParams
+    draws: DrawSetup
     num_prompt: int
     tokens: NDArray[np.int32]
     """[capacity]: prompt, then emitted and sampled tokens; valid up to num_tokens."""
@@ -41,6 +42,11 @@ class SequenceState:
         self.blocks = _grown(self.blocks, end)
         self.blocks[self.num_blocks : end] = ids
         self.num_blocks = end
+
+    @property
+    def params(self) -> SamplingParams:
+        """How its tokens are drawn, as the client said it."""
+        return self.draws.params
 
     @property
     def block_table(self) -> NDArray[np.int32]:
@@ -119,7 +125,7 @@ def _new_state(seq: int, new: NewSequence) -> SequenceState:
     room = num_tokens + min(new.params.max_tokens, 512)
     tokens = np.zeros(room, dtype=np.int32)
     tokens[:num_tokens] = new.prompt + new.emitted
-    return SequenceState(seq, new.choice, new.params, len(new.prompt), tokens, num_tokens, np.zeros(16, dtype=np.int32))
+    return SequenceState(seq, new.choice, DrawSetup.of(new), len(new.prompt), tokens, num_tokens, np.zeros(16, dtype=np.int32))
 
 
 def _grown(array: NDArray[np.int32], size: int) -> NDArray[np.int32]:

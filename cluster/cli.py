@@ -1,0 +1,157 @@
+"""The `rayline` command. The engine's options are made from cluster.config.Config, so that names and help stand in one place."""
+
+import ast
+import dataclasses
+import inspect
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import click
+import yaml
+
+from cluster.config import Config, ConfigError, from_mapping
+from cluster.model import open_model
+
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo"
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def main() -> None:
+    """Entry point: one clear line and exit code 2 for what the user can mend, 130 after Ctrl-C."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as help_text:
+        click.echo(help_text.format_message())
+    except click.ClickException as error:
+        sys.exit(_failed(error.format_message()))
+    except ConfigError as error:
+        sys.exit(_failed(str(error)))
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+
+
+def _failed(message: str) -> int:
+    click.echo(f"rayline: {' '.join(message.split())}", err=True)
+    return 2
+
+
+def _descriptions() -> dict[str, str]:
+    """The docstrings that stand below Config's fields, first line each."""
+    (definition,) = ast.parse(inspect.getsource(Config)).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for field, text in zip(definition.body, definition.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            assert isinstance(text.value, ast.Constant)
+            found[field.target.id] = " ".join(str(text.value.value).split())
+    return found
+
+
+def engine_options(command: Command) -> Command:
+    """Adds MODEL, --config and one option for each of Config's settings."""
+    hints, descriptions = get_type_hints(Config), _descriptions()
+    for field in reversed(dataclasses.fields(Config)):
+        if field.name == "model":
+            continue
+        hint = hints[field.name]
+        kind = hint if get_origin(hint) is Literal else next(part for part in get_args(hint) or (hint,) if part is not type(None))
+        text = descriptions.get(field.name, "")
+        default = "" if field.default is None else f"  [default: {field.default}]"
+        option = f"--{field.name.replace('_', '-')}"
+        choice = click.Choice(get_args(kind)) if get_origin(kind) is Literal else None
+        type_ = choice or (str if field.name == "kv_memory" else kind)
+        command = click.option(option, field.name, type=type_, default=None, help=text + default)(command)
+    command = click.option("--config", "config_file", type=click.Path(), help="YAML file with the same names.")(command)
+    return click.argument("model", required=False)(command)
+
+
+def resolve(model: str | None, config_file: str | None, options: dict[str, Any]) -> Config:
+    """Config of file and command line; the command line wins. Without a model: the demo. Raises ConfigError."""
+    values: dict[str, Any] = {"model": str(DEMO_MODEL), "served_model_name": "demo"}
+    if config_file is not None:
+        try:
+            loaded = yaml.safe_load(Path(config_file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{config_file} cannot be read: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{config_file} is no YAML: {error}") from None
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{config_file} must hold settings as name: value")
+        values = {**({} if "model" in loaded else values), **loaded}
+    if model is not None:
+        if config_file is None:
+            values.pop("served_model_name")
+        values["model"] = model
+    return from_mapping({**values, **{name: value for name, value in options.items() if value is not None}})
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def cli() -> None:
+    """Serve large language models."""
+
+
+@cli.command()
+@engine_options
+def serve(model: str | None, config_file: str | None, **options: Any) -> None:
+    """Serve MODEL (a directory or hub id; default: the bundled demo) to OpenAI clients over HTTP."""
+    config = resolve(model, config_file, options)
+    files = open_model(config.model, config.revision)
+    from router.tokenizer import load
+
+    load(files.path)  # a broken tokenizer is the user's to mend, so it is said here and not by a replica
+    stop = threading.Event()
+    began = time.monotonic()
+    click.echo(f"starting {config.model_name} ...")
+    from cluster.launch import served, wait_until_healthy
+
+    with served(config) as url:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        wait_until_healthy(url, config.load_timeout_s, stop)
+        if not stop.is_set():
+            click.echo(f"serving {config.model_name} at {url}/v1 after {time.monotonic() - began:.1f} s (Ctrl-C to stop)")
+            stop.wait()
+        click.echo("stopping ...")
+
+
+@cli.command()
+@engine_options
+@click.option("--prompt", help="The text to continue; default: standard input.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0 is off.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--stop", multiple=True, help="A text that ends the output; may be given several times.")
+def generate(model: str | None, config_file: str | None, prompt: str | None, stop: tuple[str, ...], **options: Any) -> None:
+    """Continue a text with MODEL in this process, without Ray."""
+    from cluster.offline import LLM
+    from cluster.protocol import SamplingParams
+
+    params = SamplingParams(
+        max_tokens=options.pop("max_tokens"),
+        temperature=options.pop("temperature"),
+        top_p=options.pop("top_p"),
+        top_k=options.pop("top_k"),
+        seed=options.pop("seed") % 2**64,
+    )
+    config = resolve(model, config_file, options)
+    text = sys.stdin.read() if prompt is None else prompt
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "model"}
+    llm = LLM(config.model, progress=sys.stderr.isatty(), **settings)
+    click.echo(text, nl=False)
+    try:
+        for progress in llm.stream(text, params, stop=stop):
+            click.echo(progress.text, nl=False)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    click.echo()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Starting and ending a served model on Ray: the detached scheduler and engines, and the router in front of them."""
+
+import logging
+import os
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray import serve
+
+from cluster.actors import EngineActor, SchedulerActor
+from cluster.config import Config, ConfigError
+
+APPLICATION = "rayline"
+NAMESPACE = "rayline"
+_ACTOR_TIMEOUT_S = 60.0
+
+log = logging.getLogger(__name__)
+
+
+def ensure_cluster(config: Config) -> str:
+    """Find the application's scheduler and engines, or start them; returns the scheduler's address.
+
+    Does not wait for engines to load: until one has, requests queue and /health says 503.
+    """
+    # Zero CPUs of Ray's accounting: these actors wait for messages most of the time, and must never be queued behind work.
+    always = {"num_cpus": 0, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+    scheduler = (
+        ray.remote(SchedulerActor).options(name="scheduler", max_restarts=-1, **always).remote(config, _free_port(), NAMESPACE)
+    )
+    address: str = ray.get(scheduler.address.remote(), timeout=_ACTOR_TIMEOUT_S)
+    for number in range(config.engines):
+        name = f"engine-{number}"
+        ray.remote(EngineActor).options(name=name, max_restarts=-1, **always).remote(config, name, address)
+        ray.get(scheduler.watch.remote(name), timeout=_ACTOR_TIMEOUT_S)
+    return address
+
+
+def end_cluster() -> None:
+    """Kill the application's detached actors. Their workers die with them."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == NAMESPACE:
+            try:
+                ray.kill(ray.get_actor(actor["name"], namespace=NAMESPACE))
+            except ValueError:
+                log.info("%s was gone already", actor["name"])
+
+
+@contextmanager
+def served(config: Config) -> Iterator[str]:
+    """Serve `config.model` over HTTP for as long as the context lasts; yields the base URL.
+
+    Uses the Ray cluster that RAY_ADDRESS names, else starts one on this machine. Raises ConfigError where the port is taken.
+    """
+    _check_port(config.host, config.port)
+    ours = "RAY_ADDRESS" not in os.environ
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if ours else "token")
+    ray.init(
+        address="local" if ours else None,
+        namespace=NAMESPACE,
+        include_dashboard=False if ours else None,
+        log_to_driver=True,
+        logging_level=logging.WARNING,
+        configure_logging=True,
+        _metrics_export_port=None,
+    )
+    try:
+        from router.app import application
+
+        scheduler = ensure_cluster(config)
+        serve.start(http_options={"host": config.host, "port": config.port}, proxy_location="HeadOnly" if ours else "EveryNode")
+        serve.run(application(config, scheduler), name=APPLICATION, route_prefix="/")
+        host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+        yield f"http://{host}:{config.port}"
+    finally:
+        try:
+            if ours:
+                serve.shutdown()
+            else:
+                serve.delete(APPLICATION)
+            end_cluster()
+        finally:
+            ray.shutdown()
+
+
+def wait_until_healthy(url: str, timeout_s: float, stop: threading.Event) -> None:
+    """Return when /health answers 200, or `stop` is set. Raises ConfigError with the last answer after `timeout_s`."""
+    end = time.monotonic() + timeout_s
+    last = "no answer"
+    while time.monotonic() < end and not stop.is_set():
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except urllib.error.HTTPError as error:
+            last = error.read().decode(errors="replace")
+        except OSError as error:
+            last = str(error)
+        stop.wait(0.1)
+    if not stop.is_set():
+        raise ConfigError(f"not healthy after {timeout_s:.0f} s: {last}")
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,200 @@
+"""The whole engine in one process, without Ray: for notebooks, benchmarks and machines that serve nobody.
+
+The Batcher, the KV manager and the model runner are those of the cluster; only the messages between them are plain calls.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from cluster.batcher import Batcher
+from cluster.config import Config, batch_settings, from_mapping
+from cluster.model import open_model
+from cluster.protocol import EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs
+from kv.manager import KVManager
+from router.choice import Choice
+from router.generation import ChoiceDelta
+from router.tokenizer import Tokenizer, load
+from workers.runner import ModelRunner, load_runner
+
+Prompt = str | Sequence[int]
+"""Text or token ids."""
+DEFAULT_PARAMS = SamplingParams()
+
+
+@dataclass
+class Output:
+    """One choice."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class Completion:
+    """All choices of one prompt."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[Output]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Text that one iteration added to one choice of one prompt."""
+
+    prompt: int
+    choice: int
+    text: str
+
+
+class LLM:
+    """A loaded model.
+
+    llm = LLM("path/to/model", max_model_len=2048)
+    for completion in llm.generate(["def main"], SamplingParams(temperature=0.0, max_tokens=32)):
+        print(completion.outputs[0].text)
+    """
+
+    def __init__(self, model: str, *, progress: bool = False, **settings: Any) -> None:
+        """Load `model` (a directory or hub id). `settings` are those of cluster.config.Config by name. Raises ConfigError."""
+        self.config: Config = from_mapping({"model": model, **settings})
+        files = open_model(model, self.config.revision)
+        self._eos = files.eos_token_ids
+        self.vocab_size = files.shape.vocab_size
+        self.tokenizer: Tokenizer = load(files.path)
+        self.runner: ModelRunner = load_runner(files, self.config, progress=progress)
+        batch = batch_settings(self.config, self.runner.num_blocks, self.runner.max_model_len)
+        self.batcher = Batcher(batch, KVManager(batch))
+        self._requests = 0
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] = DEFAULT_PARAMS,
+        *,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> list[Completion]:
+        """Complete all prompts (texts or token ids), batched together; results in the order of the prompts.
+
+        params: one for all or one for each. stop: strings that end a choice. Raises ValueError for a prompt that is empty, too
+        long, or has ids out of range; then none is run.
+        """
+        run = _Run(self, prompts, params, stop, ignore_eos)
+        for _ in run.steps():
+            pass
+        return run.completions
+
+    def stream(self, prompt: Prompt, params: SamplingParams = DEFAULT_PARAMS, *, stop: Sequence[str] = ()) -> Iterator[Progress]:
+        """Complete one prompt, text by text as it comes. Closing the iterator ends the generation."""
+        yield from _Run(self, [prompt], params, stop, ignore_eos=False).steps()
+
+    def stats(self) -> EngineStats:
+        """Gauges of the engine."""
+        return self.batcher.stats()
+
+    def next_id(self) -> str:
+        """An id for a request."""
+        self._requests += 1
+        return str(self._requests)
+
+    def prepared(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt. Raises ValueError."""
+        ids = self.tokenizer.encode_now(prompt, add_special_tokens=True) if isinstance(prompt, str) else list(prompt)
+        if not ids:
+            raise ValueError("a prompt is empty")
+        wrong = [i for i in ids if not 0 <= i < self.vocab_size]
+        if wrong:
+            raise ValueError(f"token id {wrong[0]} is out of range: the vocabulary has {self.vocab_size}")
+        return ids
+
+    def with_eos(self, params: SamplingParams) -> SamplingParams:
+        """`params` with the model's end-of-sequence ids among the stop tokens."""
+        return msgspec.structs.replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *self._eos))))
+
+
+class _Run:
+    """Some prompts on their way through the engine."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        stop: Sequence[str],
+        ignore_eos: bool,
+    ) -> None:
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts, but {len(each)} params")
+        self._llm = llm
+        self.completions: list[Completion] = []
+        self._choices: dict[tuple[str, int], tuple[int, Choice]] = {}
+        requests: list[Request] = []
+        for number, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+            asked = frozenset(own.stop_token_ids)
+            own = own if ignore_eos else llm.with_eos(own)
+            request = _request(llm.next_id(), llm.prepared(prompt), own)
+            impossible = llm.batcher.why_impossible(request)
+            if impossible is not None:
+                raise ValueError(f"prompt {number}: {impossible}")
+            requests.append(request)
+            self.completions.append(
+                Completion(prompt if isinstance(prompt, str) else None, request.prompt, [Output() for _ in range(own.n)])
+            )
+            for choice in range(own.n):
+                reader = Choice(llm.tokenizer.vocabulary, request.prompt, stop, frozenset(own.stop_token_ids), asked)
+                self._choices[request.id, choice] = (number, reader)
+        self._requests = requests
+
+    def steps(self) -> Iterator[Progress]:
+        """Run iterations until all is done. Leaves nothing in the engine, however it ends."""
+        batcher, runner = self._llm.batcher, self._llm.runner
+        now = time.monotonic()
+        for request in self._requests:
+            batcher.add(request, now)
+        try:
+            while self._choices:
+                plan = batcher.schedule(time.monotonic())
+                assert plan is not None, "requests wait, but nothing can run"
+                for delta in batcher.update(runner.execute(plan)):
+                    choice_delta = ChoiceDelta(delta.choice, delta.tokens, delta.logprobs, delta.finish)
+                    number, text = self._feed(delta.request, choice_delta)
+                    if text:
+                        yield Progress(number, delta.choice, text)
+        finally:
+            for id, choice in list(self._choices):
+                batcher.cancel(id, [choice])
+
+    def _feed(self, request: str, delta: ChoiceDelta) -> tuple[int, str]:
+        number, reader = self._choices[request, delta.choice]
+        reader.feed(delta)
+        gained = reader.take()
+        output = self.completions[number].outputs[delta.choice]
+        output.text += gained.text
+        output.token_ids += gained.tokens
+        output.logprobs += gained.logprobs
+        if reader.finish is not None:
+            output.finish_reason = reader.finish
+            del self._choices[request, delta.choice]
+            if delta.finish is None:
+                self._llm.batcher.cancel(request, [delta.choice])
+        return number, gained.text
+
+
+def _request(id: str, prompt: list[int], params: SamplingParams) -> Request:
+    return Request(
+        id=id,
+        attempt=0,
+        reply_to="",
+        prompt=prompt,
+        emitted=[[] for _ in range(params.n)],
+        finished=[False] * params.n,
+        params=params,
+    )

@@ -1,0 +1,74 @@
+"""Linear layers over the flat [num_tokens, features] batch.
+
+On a CPU the weight is packed once into oneDNN's blocked layout and the plain copy is dropped. Packed fp32 with a hint of 16 rows or
+more gives a row the same bits whatever the number of rows beside it (checked for 1..512 rows); plain fp32 `F.linear` does not.
+Milliseconds of 1024 -> 6144 in fp32, packed against plain, on a 2-core Zen 3 with AVX2: 0.8 / 1.5 at 1 row, 7.3 / 12.2 at 64 rows.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_PACK_ROWS = 64
+"""The number of rows that the packed layout is chosen for. With 1, oneDNN takes a layout that is slower from 16 rows on and whose
+single row has other bits."""
+
+
+class Linear:
+    """y = x Wᵀ + b with the weight in the form that its device multiplies best."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """weight [out_features, in_features] in the dtype to compute in, bias [out_features] or None.
+
+        Where the weight is packed, no reference to `weight` is kept: the caller drops its own to have one copy in memory.
+        """
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self.packed = can_pack(weight.dtype, weight.device)
+        self._pad_single = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS) if self.packed else weight
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, in_features] -> [n, out_features], contiguous."""
+        if self._pad_single and len(x) == 1:
+            # A single bf16 row runs through another kernel whose bits differ; two rows share the one of the larger batches.
+            return self._multiply(x.expand(2, -1).contiguous())[:1]
+        return self._multiply(x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        if self.packed:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            return y
+        return F.linear(x, self._weight, self._bias)
+
+
+def fused(parts: Sequence[Tensor], biases: Sequence[Tensor] | None, dtype: torch.dtype, device: torch.device) -> Linear:
+    """One Linear whose output is that of the parts side by side (QKV, gate and up), converted while they are put together.
+
+    parts: [out_features_i, in_features] each, of any dtype, on any device; biases: [out_features_i] each.
+    """
+    sizes = [len(part) for part in parts]
+    weight = torch.empty(sum(sizes), parts[0].shape[1], dtype=dtype, device=device)
+    for piece, part in zip(torch.split(weight, sizes), parts, strict=True):
+        piece.copy_(part)
+    bias = torch.cat([b.to(device, dtype) for b in biases]) if biases else None
+    return Linear(weight, bias)
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether oneDNN multiplies packed weights of this dtype here."""
+    if device.type != "cpu" or not _has_onednn():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and cpu_computes_bfloat16())
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Whether this CPU has the instructions (AVX512 at least) that oneDNN wants for bf16."""
+    return _has_onednn() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]

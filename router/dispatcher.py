@@ -1,0 +1,115 @@
+"""The asyncio shell around the journal: readers on one side, the mailbox on the other."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+
+from cluster.channel import Mailbox
+from cluster.protocol import ClusterStatus, MetricSample, RouterHello, RouterMessage
+from router.generation import ChoiceDelta, Generation
+from router.journal import Journal, JournalConfig, News
+
+TICK_S = 0.2
+HELLO_S = 1.0
+
+
+class Dispatcher:
+    """The Generator of a router process. All but the receiving thread runs on one event loop."""
+
+    def __init__(self, mailbox: Mailbox[RouterMessage], scheduler: str, metrics: Callable[[], list[MetricSample]]) -> None:
+        """`metrics`: the totals that go out with each heartbeat."""
+        self._mailbox = mailbox
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._journal = Journal(JournalConfig(mailbox.address, scheduler))
+        self._readers: dict[str, asyncio.Queue[News]] = {}
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ticker: asyncio.Task[None] | None = None
+        self._receiver: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to receive. Call on the event loop that the readers run on."""
+        self._loop = asyncio.get_running_loop()
+        self._ticker = self._loop.create_task(self._tick())
+        self._receiver = threading.Thread(target=self._receive, name="router", daemon=True)
+        self._receiver.start()
+
+    async def stop(self) -> None:
+        """Cancel what runs, and close the mailbox."""
+        for id in list(self._readers):
+            self._journal.cancel(id)
+        self._flush()
+        self._stopping = True
+        if self._ticker is not None:
+            self._ticker.cancel()
+        if self._receiver is not None:
+            await asyncio.to_thread(self._receiver.join)
+        self._mailbox.close()
+
+    # --- Generator --------------------------------------------------------------------------------------------------
+
+    def status(self) -> ClusterStatus | None:
+        """The cluster as last heard of."""
+        return self._journal.status
+
+    async def finish_choice(self, id: str, choice: int) -> None:
+        """This choice needs no more tokens."""
+        self._journal.finish_choice(id, choice)
+        self._flush()
+
+    async def stream(self, generation: Generation) -> AsyncGenerator[list[ChoiceDelta], None]:
+        """See router.generation.Generator."""
+        queue: asyncio.Queue[News] = asyncio.Queue()
+        self._readers[generation.id] = queue
+        try:
+            self._journal.begin(generation, time.time(), time.monotonic())
+            self._flush()
+            while generation.id in self._journal or not queue.empty():
+                news = [await queue.get()]
+                while not queue.empty():
+                    news.append(queue.get_nowait())
+                deltas = [delta for item in news for delta in item.deltas]
+                error = next((item.error for item in news if item.error is not None), None)
+                if deltas or error is None:
+                    yield deltas
+                if error is not None:
+                    raise error
+        finally:
+            del self._readers[generation.id]
+            self._journal.cancel(generation.id)
+            self._flush()
+
+    # --- the cluster ------------------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        """In a thread of its own: sockets may wait, the event loop must not."""
+        assert self._loop is not None
+        while not self._stopping:
+            message = self._mailbox.receive(TICK_S)
+            if message is not None and not self._stopping:
+                self._loop.call_soon_threadsafe(self._take, message)
+
+    def _take(self, message: RouterMessage) -> None:
+        self._journal.receive(message, time.monotonic())
+        self._flush()
+
+    async def _tick(self) -> None:
+        next_hello = 0.0
+        while True:
+            now = time.monotonic()
+            self._journal.tick(now)
+            if now >= next_hello:
+                next_hello = now + HELLO_S
+                self._mailbox.send(self._scheduler, RouterHello(self._mailbox.address, self._metrics()))
+            self._flush()
+            await asyncio.sleep(TICK_S)
+
+    def _flush(self) -> None:
+        for send in self._journal.take_messages():
+            self._mailbox.send(send.address, send.message)
+        for news in self._journal.take_news():
+            reader = self._readers.get(news.id)
+            if reader is not None:
+                reader.put_nowait(news)

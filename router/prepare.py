@@ -1,0 +1,168 @@
+"""From a checked request to a job: tokenize, and check all that needs the model to be known."""
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+from cluster.protocol import SamplingParams
+from router.errors import ApiError, bad_request
+from router.generation import Generation
+from router.run import Job
+from router.schemas import ChatRequest, CompletionRequest, GenerationRequest, Message
+from router.tokenizer import Tokenizer
+
+GREEDY_BELOW = 1e-5
+"""Temperatures that fp32 logits can't be divided by are taken for 0."""
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default for /v1/completions."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """The one model that the cluster serves, as far as requests have to fit it."""
+
+    name: str
+    max_model_len: int
+    """Longest sequence in tokens, prompt and output together, as far as the model is concerned; pools may hold less."""
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+    """From the model's configuration; the tokenizer's own is added."""
+    timeout_s: float = 600.0
+    """How long a request may take."""
+    root: str = ""
+    """What the model was loaded from, as /v1/models tells it."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    """Unix time."""
+
+
+class Preparer:
+    """Makes jobs of requests. Raises ApiError for what cannot be served."""
+
+    def __init__(self, model: ServedModel, tokenizer: Tokenizer, context: Callable[[], int]) -> None:
+        """`context`: the longest sequence that can be served just now, in tokens."""
+        self._model = model
+        self._context = context
+        self._tokenizer = tokenizer
+        eos = {*model.eos_token_ids, *(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))}
+        self._eos = tuple(sorted(eos))
+
+    async def completion(self, request: CompletionRequest, request_id: str) -> Job:
+        """The job of a /v1/completions request: one generation per prompt."""
+        self._check_model(request)
+        prompts = [
+            await self._tokenizer.encode(prompt, request.add_special_tokens) if isinstance(prompt, str) else prompt
+            for prompt in request.prompt
+        ]
+        for prompt in prompts:
+            self._check_tokens(prompt, "prompt")
+        size = ("max_tokens", request.max_tokens) if request.max_tokens is not None else ("prompt", None)
+        return self._job(request, request_id, prompts, "prompt", size, DEFAULT_COMPLETION_TOKENS, request.logprobs)
+
+    async def chat(self, request: ChatRequest, request_id: str) -> Job:
+        """The job of a /v1/chat/completions request."""
+        self._check_model(request)
+        if not self._tokenizer.has_chat_template:
+            raise bad_request("messages", "The model has no chat template; use /v1/completions.", "no_chat_template")
+        messages = [_plain(message) for message in request.messages]
+        try:
+            text = self._tokenizer.render(messages, request.add_generation_prompt, request.chat_template_kwargs)
+        except ValueError as refusal:
+            raise bad_request("messages", f"The chat template refuses these messages: {refusal}") from None
+        prompt = await self._tokenizer.encode(text, add_special_tokens=False)
+        size: tuple[str, int | None] = ("messages", None)
+        for name in ("max_completion_tokens", "max_tokens"):
+            if (asked := getattr(request, name)) is not None:
+                size = (name, asked)
+                break
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        return self._job(request, request_id, [prompt], "messages", size, None, logprobs)
+
+    def _job(
+        self,
+        request: GenerationRequest,
+        request_id: str,
+        prompts: list[list[int]],
+        prompt_param: str,
+        size: tuple[str, int | None],
+        default_tokens: int | None,
+        logprobs: int | None,
+    ) -> Job:
+        self._check_tokens(request.stop_token_ids, "stop_token_ids")
+        self._check_tokens(request.logit_bias, "logit_bias")
+        size_param, asked = size
+        generations = [
+            Generation(
+                id=f"{request_id}-{number}",
+                prompt=prompt,
+                params=self._params(
+                    request, self._max_tokens(len(prompt), prompt_param, size_param, asked, default_tokens), logprobs
+                ),
+                timeout_s=self._model.timeout_s,
+                cache_salt=request.cache_salt,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        return Job(generations, request.stop, frozenset(request.stop_token_ids), size_param)
+
+    def _params(self, request: GenerationRequest, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        stops = dict.fromkeys((*request.stop_token_ids, *(() if request.ignore_eos else self._eos)))
+        return SamplingParams(
+            seed=secrets.randbits(64) if request.seed is None else request.seed % 2**64,
+            max_tokens=max_tokens,
+            n=request.n,
+            temperature=0.0 if request.temperature < GREEDY_BELOW else request.temperature,
+            top_k=min(max(request.top_k, 0), self._model.vocab_size),
+            top_p=request.top_p,
+            min_p=request.min_p,
+            repetition_penalty=request.repetition_penalty,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=request.logit_bias,
+            logprobs=logprobs,
+            stop_token_ids=tuple(stops),
+        )
+
+    def _max_tokens(self, prompt: int, prompt_param: str, size_param: str, asked: int | None, default: int | None) -> int:
+        limit = self._context()
+        room = limit - prompt
+        if prompt == 0:
+            raise bad_request(prompt_param, f"'{prompt_param}' has no tokens.")
+        if room < 1:
+            raise _too_long(prompt_param, limit, f"the prompt has {prompt} tokens, which leaves none for the output")
+        if asked is not None and asked > room:
+            raise _too_long(size_param, limit, f"{asked} tokens of output were asked for on top of {prompt} of prompt")
+        if asked is not None:
+            return asked
+        return room if default is None else min(default, room)
+
+    def _check_model(self, request: GenerationRequest) -> None:
+        if request.model is not None and request.model != self._model.name:
+            raise unknown_model(request.model)
+
+    def _check_tokens(self, tokens: "list[int] | dict[int, float]", param: str) -> None:
+        if tokens and (min(tokens) < 0 or max(tokens) >= self._model.vocab_size):
+            wrong = next(token for token in tokens if not 0 <= token < self._model.vocab_size)
+            raise bad_request(param, f"'{param}' has token id {wrong}, but ids go from 0 to {self._model.vocab_size - 1}.")
+
+
+def unknown_model(name: str) -> ApiError:
+    """404 for a model that is not served."""
+    return ApiError(404, f"The model '{name}' does not exist.", param="model", code="model_not_found")
+
+
+def new_id(prefix: str) -> str:
+    """A cluster-wide unique request id, as clients see it."""
+    return f"{prefix}-{uuid4().hex}"
+
+
+def _plain(message: Message) -> dict[str, str]:
+    turn = {"role": message.role, "content": message.content}
+    return turn if message.name is None else {**turn, "name": message.name}
+
+
+def _too_long(param: str, limit: int, what: str) -> ApiError:
+    message = f"'{param}': the model's context is {limit} tokens, but {what}."
+    return bad_request(param, message, "context_length_exceeded")

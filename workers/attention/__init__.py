@@ -1,0 +1,44 @@
+"""Attention over the paged pool, behind one interface with several backends.
+
+Queries come flat, [num_tokens, num_heads, head_dim]: this is the one operator that must know where a sequence begins and ends
+(ORCA's selective batching, Yu et al. 2022).
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from cluster.config import ConfigError
+from kv.pool import KVPool
+from workers.attention.portable import PortableAttention
+from workers.attention.reference import ReferenceAttention
+from workers.attention.spans import PagedSpans
+
+__all__ = ["AttentionBackend", "AttentionStep", "PagedSpans", "make_attention"]
+
+
+class AttentionStep(Protocol):
+    """Attention of one iteration: its metadata is built once and serves every layer."""
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """queries [num_tokens, num_heads, head_dim] -> [num_tokens, num_heads * head_dim], contiguous.
+
+        keys and values [num_tokens, num_kv_heads, head_dim] are the batch's own, which the pool holds already: a span that
+        begins at position 0 may attend to them without reading the pool.
+        """
+
+
+class AttentionBackend(Protocol):
+    """One way to compute attention over a pool."""
+
+    def prepare(self, spans: PagedSpans) -> AttentionStep:
+        """Build the metadata of one iteration."""
+
+
+def make_attention(name: str, pool: KVPool) -> AttentionBackend:
+    """The backend that `Config.attention` names."""
+    if name == "reference":
+        return ReferenceAttention(pool)
+    if name == "torch":
+        return PortableAttention(pool)
+    raise ConfigError(f"attention is '{name}'; choose one of torch, reference")

@@ -1,0 +1,161 @@
+"""Attention from torch's own operators, for any device: gather blocks, then scaled_dot_product_attention.
+
+Decodes (spans of one query) are sorted by length and run in groups of like length, each one padded call: a call per sequence
+costs more than the padding does, one call for all costs more than it saves. The heads of a group share keys and values, so they
+become the query rows of one head of the call (a head per query head would read the context once for each). Longer spans run one
+by one. A span that begins at position 0 needs nothing from the pool.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kv.pool import KVPool
+from workers.attention.spans import PagedSpans
+
+_WASTED_BLOCKS = 12
+"""Padding that a group may hold before a further call is cheaper than padding more."""
+_GROUP_BYTES = 4 << 20
+"""Keys gathered by one call, at most (a single longer sequence aside): what was gathered should still be in the cache when read."""
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Decodes of like length."""
+
+    first: int
+    """Its first row among the decodes sorted by length."""
+    size: int
+    blocks: Tensor
+    """[size * padded length in blocks] int64: what to gather."""
+    bias: Tensor
+    """[size, 1, 1, padded length in tokens]: 0 where there is a token, else -inf."""
+
+
+@dataclass(frozen=True)
+class LongSpan:
+    """A span of several queries."""
+
+    rows: slice
+    end: int
+    blocks: Tensor | None
+    """[blocks of the context] int64, or None for a span that begins at position 0."""
+    bias: Tensor | None
+    """[queries, end]: 0 where a query may look, else -inf; None for a span that begins at position 0."""
+
+
+class PortableAttention:
+    """Holds the pool and the memory to gather into, which grows to the largest group and is kept."""
+
+    def __init__(self, pool: KVPool) -> None:
+        self.pool = pool
+        self._gathered = torch.empty(2, 0, dtype=pool.keys.dtype, device=pool.keys.device)
+
+    def prepare(self, spans: PagedSpans) -> "PortableStep":
+        """Sort, group and pad; see AttentionBackend."""
+        lengths = spans.end - spans.start
+        singles = np.flatnonzero(lengths == 1)
+        singles = singles[np.argsort(spans.end[singles], kind="stable")]
+        groups = [self._group(spans, singles, first, last) for first, last in self._cut(spans.num_blocks[singles])]
+        long = [self._long_span(spans, int(i)) for i in np.flatnonzero(lengths > 1)]
+        rows = torch.from_numpy(spans.first_row[singles]).to(self.pool.keys.device)
+        return PortableStep(self, rows, groups, long)
+
+    def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of blocks [n] int64, [n * block_size, num_kv_heads, head_dim] each; valid until the next call."""
+        pool = self.pool
+        num_blocks, block_size, num_kv_heads, head_dim = pool.keys.shape[1:]
+        width = block_size * num_kv_heads * head_dim
+        needed = len(blocks) * width
+        if self._gathered.shape[1] < needed:
+            self._gathered = torch.empty(2, needed, dtype=pool.keys.dtype, device=pool.keys.device)
+        taken = [
+            torch.index_select(source[layer].view(num_blocks, width), 0, blocks, out=self._gathered[i, :needed].view(-1, width))
+            for i, source in enumerate((pool.keys, pool.values))
+        ]
+        shape = (len(blocks) * block_size, num_kv_heads, head_dim)
+        return taken[0].view(shape), taken[1].view(shape)
+
+    def _cut(self, num_blocks: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Ranges [first, last) of decodes, sorted by length, that run together."""
+        block_bytes = self.pool.keys[0, 0].nbytes
+        most = max(1, _GROUP_BYTES // block_bytes)
+        cuts: list[tuple[int, int]] = []
+        first = wasted = 0
+        counts: list[int] = num_blocks.tolist()
+        for i in range(1, len(counts)):
+            wasted += (i - first) * (counts[i] - counts[i - 1])
+            if wasted > _WASTED_BLOCKS or (i - first + 1) * counts[i] > most:
+                cuts.append((first, i))
+                first, wasted = i, 0
+        return [*cuts, (first, len(counts))] if counts else []
+
+    def _group(self, spans: PagedSpans, singles: NDArray[np.int64], first: int, last: int) -> DecodeGroup:
+        which = singles[first:last]
+        tables = spans.padded_tables(which)
+        beyond = np.arange(tables.shape[1] * spans.block_size) >= spans.end[which][:, None]
+        return DecodeGroup(first, last - first, self._indices(tables.reshape(-1)), self._bias(beyond)[:, None, None, :])
+
+    def _long_span(self, spans: PagedSpans, i: int) -> LongSpan:
+        rows = slice(int(spans.first_row[i]), int(spans.first_row[i + 1]))
+        start, end = int(spans.start[i]), int(spans.end[i])
+        if start == 0:
+            return LongSpan(rows, end, None, None)
+        future = np.arange(end) > np.arange(start, end)[:, None]
+        return LongSpan(rows, end, self._indices(spans.table(i)), self._bias(future))
+
+    def _indices(self, blocks: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(blocks).to(self.pool.keys.device)
+
+    def _bias(self, hidden: NDArray[np.bool_]) -> Tensor:
+        bias = torch.zeros(hidden.shape, dtype=self.pool.keys.dtype, device=self.pool.keys.device)
+        return bias.masked_fill_(torch.from_numpy(hidden).to(bias.device), -math.inf)
+
+
+@dataclass(frozen=True)
+class PortableStep:
+    """One iteration's groups and spans."""
+
+    backend: PortableAttention
+    decode_rows: Tensor
+    """[num_decodes] int64: rows of the batch in the order of the groups."""
+    groups: list[DecodeGroup]
+    long: list[LongSpan]
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """See AttentionStep."""
+        output = torch.empty(len(queries), queries.shape[1] * queries.shape[2], dtype=queries.dtype, device=queries.device)
+        for span in self.long:
+            output[span.rows] = self._long_span(span, layer, queries[span.rows], keys[span.rows], values[span.rows])
+        if self.groups:
+            sorted_queries = queries.index_select(0, self.decode_rows)
+            decoded = [self._decode(group, layer, sorted_queries[group.first : group.first + group.size]) for group in self.groups]
+            output.index_copy_(0, self.decode_rows, torch.cat(decoded))
+        return output
+
+    def _decode(self, group: DecodeGroup, layer: int, queries: Tensor) -> Tensor:
+        """[size, num_heads, head_dim] -> [size, num_heads * head_dim]"""
+        keys, values = self.backend.gather(layer, group.blocks)
+        num_kv_heads, head_dim = keys.shape[1:]
+        rows = queries.view(group.size, num_kv_heads, -1, head_dim)
+        keys = keys.view(group.size, -1, num_kv_heads, head_dim).transpose(1, 2)
+        values = values.view(group.size, -1, num_kv_heads, head_dim).transpose(1, 2)
+        return F.scaled_dot_product_attention(rows, keys, values, attn_mask=group.bias).reshape(group.size, -1)
+
+    def _long_span(self, span: LongSpan, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """[n, num_heads, head_dim] -> [n, num_heads * head_dim]"""
+        if span.blocks is not None:
+            keys, values = (context[: span.end] for context in self.backend.gather(layer, span.blocks))
+        n, num_heads, head_dim = queries.shape
+        num_kv_heads = keys.shape[1]
+        group = num_heads // num_kv_heads
+        # A key/value head is a batch entry and its query heads are the heads: the context is shared by strides, never repeated.
+        rows = queries.view(n, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+        keys, values = (x.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (keys, values))
+        attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=span.bias, is_causal=span.bias is None)
+        return attended.permute(2, 0, 1, 3).reshape(n, -1)

@@ -1,0 +1,92 @@
+"""Where and in which precision a worker computes, and how much KV memory it takes."""
+
+import logging
+
+import torch
+
+from cluster.config import Config, ConfigError
+from cluster.model import ModelShape
+from parallel.linear import cpu_computes_bfloat16
+
+_CPU_SHARE, _CPU_MOST = 0.30, 4 << 30
+_CUDA_SHARE = 0.85
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+log = logging.getLogger(__name__)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `Config.device` names; ConfigError where it isn't there."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device is cuda, but torch sees no CUDA device here")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a name in Config or config.json."""
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype '{name}' is not supported; choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def resolve_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in. "auto" is the checkpoint's own where the device multiplies it well, else the next best one."""
+    if name != "auto":
+        return torch_dtype(name)
+    wanted = torch_dtype(checkpoint)
+    chosen = _best_cpu_dtype(wanted) if device.type == "cpu" else _best_cuda_dtype(wanted)
+    if chosen != wanted:
+        log.info("computing in %s: this %s has no fast %s", str(chosen)[6:], device.type, checkpoint)
+    return chosen
+
+
+def resolve_max_model_len(config: Config, shape: ModelShape) -> int:
+    """The longest sequence the model is run with: what was asked for, else all that the model allows."""
+    allowed = shape.max_position_embeddings
+    if config.max_model_len is None:
+        return allowed
+    if config.max_model_len > allowed:
+        raise ConfigError(f"max_model_len is {config.max_model_len}, but the model has positions for {allowed} tokens")
+    return config.max_model_len
+
+
+def size_pool(config: Config, shape: ModelShape, max_model_len: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Blocks that the KV pool holds, the null block included: what the memory allows, at most what the sequences can ever need.
+
+    Raises ConfigError where the memory doesn't hold the null block and one more.
+    """
+    block_bytes = shape.kv_bytes_per_token(dtype.itemsize) * config.block_size
+    budget = config.kv_memory if config.kv_memory is not None else _free_share(device)
+    if budget < 2 * block_bytes:
+        needed = f"the null block and one more of {config.block_size} tokens take {2 * block_bytes}"
+        raise ConfigError(f"{budget} bytes of KV memory hold no pool: {needed}")
+    blocks_per_sequence = -(-max_model_len // config.block_size)
+    return min(budget // block_bytes, config.max_num_seqs * blocks_per_sequence + 1)
+
+
+def _best_cpu_dtype(wanted: torch.dtype) -> torch.dtype:
+    if wanted == torch.bfloat16 and cpu_computes_bfloat16():
+        return wanted
+    return torch.float32
+
+
+def _best_cuda_dtype(wanted: torch.dtype) -> torch.dtype:
+    if wanted == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return wanted
+
+
+def _free_share(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(_CUDA_SHARE * torch.cuda.mem_get_info(device)[0])
+    return min(_CPU_MOST, int(_CPU_SHARE * _available_memory()))
+
+
+def _available_memory() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise ConfigError("the free memory cannot be read from /proc/meminfo; set kv_memory")

@@ -1,0 +1,58 @@
+"""How one sequence's tokens are to be drawn, worked out once when it enters."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.protocol import NewSequence, SamplingParams
+from workers.noise import sequence_key
+
+_COLDEST = 1e-5
+"""Below it, temperature is taken for 0: the quotient's differences dwarf the noise anyway."""
+
+
+@dataclass(frozen=True)
+class DrawSetup:
+    """What the sampler needs of a sequence that doesn't change from token to token."""
+
+    params: SamplingParams
+    noise_key: int
+    prompt_ids: NDArray[np.int64]
+    """Distinct tokens of the prompt; empty where no penalty counts them."""
+    bias_ids: NDArray[np.int64]
+    bias: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, new: NewSequence) -> "DrawSetup":
+        """Work it out."""
+        params = new.params
+        counted = new.prompt if params.repetition_penalty != 1.0 else []
+        return cls(
+            params,
+            sequence_key(params.seed, new.choice),
+            np.unique(np.array(counted, dtype=np.int64)),
+            np.array(list(params.logit_bias.keys()), dtype=np.int64),
+            np.array(list(params.logit_bias.values()), dtype=np.float32),
+        )
+
+    @property
+    def greedy(self) -> bool:
+        """Arg-max after penalties and bias."""
+        return self.params.temperature < _COLDEST
+
+    @property
+    def penalized(self) -> bool:
+        """Some penalty changes logits of tokens that were seen."""
+        p = self.params
+        return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+
+    @property
+    def adjusted(self) -> bool:
+        """Logits are changed before the draw."""
+        return self.penalized or len(self.bias_ids) > 0
+
+    @property
+    def filtered(self) -> bool:
+        """Some tokens can't be drawn."""
+        return self.params.top_k > 0 or self.params.top_p < 1.0 or self.params.min_p > 0.0

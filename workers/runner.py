@@ -1,0 +1,105 @@
+"""The model runner: one StepPlan in, one StepResult out, on one device."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.config import Config, ConfigError
+from cluster.model import ModelFiles
+from cluster.protocol import ChunkResult, StepPlan, StepResult
+from kv.pool import KVPool
+from workers.attention import PagedSpans, make_attention
+from workers.decoder import Decoder, TokenBatch
+from workers.device import resolve_device, resolve_dtype, resolve_max_model_len, size_pool
+from workers.loader import load_decoder
+from workers.sampler import Sampler
+from workers.sequences import SequenceTable, Span
+
+
+class ModelRunner:
+    """A decoder, its KV pool and the sequences of one epoch."""
+
+    def __init__(self, decoder: Decoder, pool: KVPool, attention: str, max_model_len: int) -> None:
+        self.decoder = decoder
+        self.pool = pool
+        self.max_model_len = max_model_len
+        """The longest sequence that positions are prepared for."""
+        self._device = pool.keys.device
+        self._attention = make_attention(attention, pool)
+        self._sampler = Sampler(decoder.shape.vocab_size, self._device)
+        self._sequences = SequenceTable(pool.block_size)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool, the null block included."""
+        return self.pool.num_blocks
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one iteration. Plans must come in order. Raises PlanError for a plan that doesn't follow from those before it;
+        after any exception the runner's state is undefined."""
+        began = time.perf_counter()
+        spans = self._sequences.apply(plan)
+        self.pool.copy_blocks(plan.copies)
+        results = self._draw(spans) if spans else []
+        return StepResult(epoch=plan.epoch, step=plan.step, results=results, compute_s=time.perf_counter() - began)
+
+    def reset(self) -> None:
+        """Forget all sequences: a new epoch begins."""
+        self._sequences = SequenceTable(self.pool.block_size)
+
+    def forward(self, spans: Sequence[Span]) -> Tensor:
+        """Run the spans as one flat batch; returns the hidden states [num_tokens, hidden] before the last norm."""
+        paged = PagedSpans.of(spans, self.pool.block_size)
+        positions = paged.positions()
+        ids = np.concatenate([span.ids for span in spans])
+        batch = TokenBatch(
+            ids=self._to_device(ids),
+            positions=self._to_device(positions),
+            slots=self._to_device(paged.slots(positions)),
+            attention=self._attention.prepare(paged),
+        )
+        return self.decoder.forward(batch, self.pool)
+
+    def _draw(self, spans: Sequence[Span]) -> list[ChunkResult]:
+        hidden = self.forward(spans)
+        last_rows = np.cumsum([span.num_tokens for span in spans]) - 1
+        sampled = [i for i, span in enumerate(spans) if span.sample]
+        if not sampled:
+            return []
+        rows = self._to_device(last_rows[sampled])
+        drawing = [spans[i] for i in sampled]
+        draws = self._sampler.draw(self.decoder.logits(hidden.index_select(0, rows)), drawing)
+        results = []
+        for span, draw in zip(drawing, draws, strict=True):
+            self._sequences.commit(span, [draw.token])
+            results.append(ChunkResult(span.state.seq, [draw.token], [draw.logprobs] if draw.logprobs else []))
+        return results
+
+    def _to_device(self, array: "np.ndarray[tuple[int, ...], np.dtype[np.int32 | np.int64]]") -> Tensor:
+        return torch.from_numpy(array.astype(np.int64, copy=False)).to(self._device)
+
+
+def load_runner(files: ModelFiles, config: Config, *, num_blocks: int | None = None, progress: bool = False) -> ModelRunner:
+    """Load the model and lay out its KV pool.
+
+    num_blocks: the pool's size where it is known already (the null block included); else `size_pool` decides, after the weights are
+    loaded. progress: show a bar on stderr. Sets torch's thread count, which is the process's, where config.threads says so.
+    Raises ConfigError for anything that cannot work: device, dtype, checkpoint, memory.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    shape = files.shape
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, shape.dtype, device)
+    max_model_len = resolve_max_model_len(config, shape)
+    decoder = load_decoder(files, dtype, device, max_model_len, progress=progress)
+    if num_blocks is None:
+        num_blocks = size_pool(config, shape, max_model_len, dtype, device)
+    elif num_blocks < 2:
+        raise ConfigError(f"num_blocks is {num_blocks}, but a pool needs the null block and at least one more")
+    pool = KVPool(shape.num_layers, num_blocks, config.block_size, shape.num_kv_heads, shape.head_dim, dtype, device)
+    return ModelRunner(decoder, pool, config.attention, max_model_len)

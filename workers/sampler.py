@@ -1,0 +1,120 @@
+"""From logits to tokens, with the semantics that SamplingParams states; the same token for the same logits in whatever batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cluster.protocol import TokenLogprobs
+from workers.filters import thresholds
+from workers.noise import GumbelNoise, position_keys
+from workers.penalties import adjust
+from workers.sequences import Span
+
+_ARGMAX_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One drawn token."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+class Sampler:
+    """Draws the next token of each span from a row of logits."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._noise = GumbelNoise(vocab_size, device)
+
+    def draw(self, logits: Tensor, spans: Sequence[Span]) -> list[Draw]:
+        """One draw for each row of logits [len(spans), vocab] fp32, which is overwritten.
+
+        The token drawn after a span has the position span.end in its sequence: the noise depends on it.
+        """
+        setups = [span.state.draws for span in spans]
+        reporting = [i for i, setup in enumerate(setups) if setup.params.logprobs is not None]
+        raw = logits[reporting] if reporting else logits[:0]
+        adjusted = [i for i, setup in enumerate(setups) if setup.adjusted]
+        if adjusted:
+            adjust(logits, adjusted, [spans[i] for i in adjusted])
+        greedy = [i for i, setup in enumerate(setups) if setup.greedy]
+        plain = [i for i, setup in enumerate(setups) if not setup.greedy and not setup.filtered]
+        filtered = [i for i, setup in enumerate(setups) if not setup.greedy and setup.filtered]
+        tokens = torch.empty(len(spans), dtype=torch.int64, device=logits.device)
+        if greedy:
+            tokens[greedy] = argmax(_rows(logits, greedy))
+        if plain:
+            tokens[plain] = self._draw_plain(_rows(logits, plain), [spans[i] for i in plain])
+        if filtered:
+            tokens[filtered] = self._draw_filtered(_rows(logits, filtered), [spans[i] for i in filtered])
+        logprobs = _logprobs(raw, tokens[reporting], [setups[i].params.logprobs or 0 for i in reporting])
+        by_row = dict(zip(reporting, logprobs, strict=True))
+        return [Draw(token, by_row.get(i)) for i, token in enumerate(tokens.tolist())]
+
+    def _draw_plain(self, logits: Tensor, spans: Sequence[Span]) -> Tensor:
+        """Any token can come."""
+        scores = _scores(logits, spans)
+        self._noise.add_to(scores, _keys(spans, logits.device))
+        return argmax(scores)
+
+    def _draw_filtered(self, logits: Tensor, spans: Sequence[Span]) -> Tensor:
+        """Noise only for the tokens that the filters leave."""
+        scores = _scores(logits, spans)
+        rows, ids = (scores >= thresholds(scores, [span.state.params for span in spans])).nonzero(as_tuple=True)
+        left = scores[rows, ids] + self._noise.at(_keys(spans, logits.device)[rows], ids)
+        best = torch.full_like(scores[:, 0], -torch.inf).scatter_reduce_(0, rows, left, "amax")
+        won = left == best[rows]
+        tokens = torch.full_like(best, scores.shape[1], dtype=torch.int64)
+        return tokens.scatter_reduce_(0, rows[won], ids[won], "amin")
+
+
+def argmax(scores: Tensor) -> Tensor:
+    """[rows, n] -> [rows] int64, the first of equal ones.
+
+    In two stages on a CPU, where torch's arg-max is scalar but its maximum isn't: 64 rows of 32,000 take 0.3 ms in place of 2.0.
+    """
+    n = scores.shape[1]
+    whole = n - n % _ARGMAX_BLOCK
+    if scores.device.type != "cpu" or whole == 0:
+        return scores.argmax(-1)
+    blocks = scores[:, :whole].view(len(scores), -1, _ARGMAX_BLOCK)
+    block = blocks.amax(-1).argmax(-1)
+    rows = torch.arange(len(scores))
+    best = block * _ARGMAX_BLOCK + blocks[rows, block].argmax(-1)
+    if whole < n:
+        rest = whole + scores[:, whole:].argmax(-1)
+        best = torch.where(scores[rows, rest] > scores[rows, best], rest, best)
+    return best
+
+
+def _rows(logits: Tensor, rows: list[int]) -> Tensor:
+    return logits if len(rows) == len(logits) else logits[rows]
+
+
+def _scores(logits: Tensor, spans: Sequence[Span]) -> Tensor:
+    """Logits over temperature, shifted so that the largest is 0; a new tensor or `logits` overwritten."""
+    temperature = torch.tensor([[span.state.params.temperature] for span in spans], dtype=torch.float32, device=logits.device)
+    return logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
+
+
+def _keys(spans: Sequence[Span], device: torch.device) -> Tensor:
+    """[len(spans), 2] int32: the noise keys of the positions after the spans."""
+    keys = position_keys([span.state.draws.noise_key for span in spans], [span.end for span in spans])
+    return torch.from_numpy(keys).to(device)
+
+
+def _logprobs(raw: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
+    """Under the model's own distribution: raw [n, vocab] logits, tokens [n] drawn, counts [n] of likeliest tokens to name."""
+    if not counts:
+        return []
+    normalizer = raw.logsumexp(-1, keepdim=True)
+    most = min(max(counts), raw.shape[1])
+    values, ids = (raw - normalizer).topk(most, dim=-1) if most else (raw[:, :0], tokens[:, None][:, :0])
+    chosen = (raw.gather(1, tokens[:, None]) - normalizer)[:, 0].tolist()
+    return [
+        TokenLogprobs(own, some_ids[:count], some_values[:count])
+        for own, some_ids, some_values, count in zip(chosen, ids.tolist(), values.tolist(), counts, strict=True)
+    ]
