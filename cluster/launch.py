@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import ray
 from ray import serve
+from ray.serve.schema import LoggingConfig
 
 from cluster.actors import EngineActor, SchedulerActor
 from cluster.config import Config, ConfigError
@@ -73,8 +74,10 @@ def served(config: Config) -> Iterator[str]:
         from router.app import application
 
         scheduler = ensure_cluster(config)
-        serve.start(http_options={"host": config.host, "port": config.port}, proxy_location="HeadOnly" if ours else "EveryNode")
-        serve.run(application(config, scheduler), name=APPLICATION, route_prefix="/")
+        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        where = "HeadOnly" if ours else "EveryNode"
+        serve.start(where, {"host": config.host, "port": config.port}, logging_config=quiet)
+        serve.run(application(config, scheduler), name=APPLICATION, route_prefix="/", logging_config=quiet)
         host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
         yield f"http://{host}:{config.port}"
     finally:

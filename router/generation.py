@@ -31,6 +31,8 @@ class ChoiceDelta:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """As long as tokens where params.logprobs is set, else empty."""
     finish: FinishReason | None = None
+    queued_s: float | None = None
+    """With the generation's first tokens: seconds it waited, in the cluster's queue and the engine's, for its first iteration."""
 
 
 class Overloaded(Exception):

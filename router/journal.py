@@ -68,12 +68,18 @@ class _Entry:
     deadline: float
     attempt: int = 0
     placement: Placement | None = None
+    begun: bool = False
+    """Its reader has had news of tokens."""
     emitted: list[list[int]] = field(default_factory=list)
     finished: list[bool] = field(default_factory=list)
 
     @property
     def id(self) -> str:
         return self.generation.id
+
+    @property
+    def waited_s(self) -> float:
+        return 0.0 if self.placement is None else self.placement.waited_s
 
     @property
     def done(self) -> bool:
@@ -184,8 +190,10 @@ class Journal:
             if delta.index > len(entry.emitted[delta.choice]):
                 lost[entry.id] = entry
                 continue
-            fresh = _fresh(delta, len(entry.emitted[delta.choice]))
+            queued_s = None if entry.begun or delta.queued_s is None else entry.waited_s + delta.queued_s
+            fresh = _fresh(delta, len(entry.emitted[delta.choice]), queued_s)
             if fresh is not None:
+                entry.begun = True
                 entry.emitted[delta.choice].extend(fresh.tokens)
                 entry.finished[delta.choice] = fresh.finish is not None
                 by_id.setdefault(entry.id, []).append(fresh)
@@ -284,10 +292,10 @@ class Journal:
         self._messages.append(Send(self.config.scheduler, message))
 
 
-def _fresh(delta: TokenDelta, reached: int) -> ChoiceDelta | None:
+def _fresh(delta: TokenDelta, reached: int, queued_s: float | None) -> ChoiceDelta | None:
     """The part of `delta` beyond the `reached` tokens that the client has; None if there is none."""
     skip = reached - delta.index
     tokens = delta.tokens[skip:]
     if not tokens and delta.finish is None:
         return None
-    return ChoiceDelta(delta.choice, tokens, delta.logprobs[skip:], delta.finish)
+    return ChoiceDelta(delta.choice, tokens, delta.logprobs[skip:], delta.finish, queued_s)

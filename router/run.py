@@ -105,6 +105,8 @@ class Run:
             choice = self._choices[index]
             if choice.finish is not None:
                 continue
+            if delta.queued_s is not None:
+                self._metrics.queued(delta.queued_s)
             if delta.finish in ("cancelled", "error"):
                 raise RuntimeError(f"{self._job.generations[prompt].id}: choice {delta.choice} ended with '{delta.finish}'")
             before = choice.num_tokens

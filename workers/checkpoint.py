@@ -16,7 +16,7 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._files = {name: safe_open(path / name, framework="pt") for name in _file_names(path)}
-        self._where = {tensor: name for name, file in self._files.items() for tensor in file.keys()}  # noqa: SIM118
+        self._where = {tensor: name for name, file in self._files.items() for tensor in file.keys()}  # type: ignore[no-untyped-call]  # noqa: SIM118
         self._left = set(self._where)
 
     def __contains__(self, name: str) -> bool:
@@ -29,7 +29,7 @@ class Checkpoint:
         """The tensor in its own dtype, on the CPU, mapped from its file. ConfigError where it is missing or of another shape."""
         if name not in self._where:
             raise ConfigError(f"{self.path}: the checkpoint lacks the tensor {name}")
-        tensor: Tensor = self._files[self._where[name]].get_tensor(name)
+        tensor: Tensor = self._files[self._where[name]].get_tensor(name)  # type: ignore[no-untyped-call]
         if tuple(tensor.shape) != shape:
             raise ConfigError(f"{self.path}: {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}")
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:

@@ -84,10 +84,10 @@ class Decoder:
     ) -> Tensor:
         shape = self.shape
         heads = layer.qkv(normed).view(len(normed), -1, shape.head_dim)  # query heads, key heads, value heads
-        turned, values = torch.split(heads, (shape.num_heads + shape.num_kv_heads, shape.num_kv_heads), dim=1)
+        turned, values = torch.split(heads, [shape.num_heads + shape.num_kv_heads, shape.num_kv_heads], dim=1)
         if layer.qk_norm is not None:
             turned = rms_norm(turned, layer.qk_norm, shape.rms_norm_eps)
-        queries, keys = torch.split(rotate(turned, *angles), (shape.num_heads, shape.num_kv_heads), dim=1)
+        queries, keys = torch.split(rotate(turned, *angles), [shape.num_heads, shape.num_kv_heads], dim=1)
         pool.write(number, batch.slots, keys, values)
         return layer.output(batch.attention.attend(number, queries, keys, values))
 

@@ -1,8 +1,6 @@
 """From a model directory to a Decoder: each tensor is converted and packed as it is read, so that no second copy builds up."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +22,7 @@ def load_decoder(
     progress: show a bar on stderr.
     """
     shape = files.shape
-    with _progress_bar(shape.num_layers + 2, progress) as bar:
+    with tqdm(total=shape.num_layers + 2, desc="loading weights", file=sys.stderr, disable=not progress, leave=False) as bar:
         loader = _Loader(Checkpoint(files.path), shape, dtype, device)
         layers = []
         for number in range(shape.num_layers):
@@ -45,12 +43,6 @@ def load_decoder(
         loader.checkpoint.finish()
         bar.update()
     return decoder
-
-
-@contextmanager
-def _progress_bar(steps: int, shown: bool) -> "Iterator[tqdm[None]]":
-    with tqdm(total=steps, desc="loading weights", unit="layer", file=sys.stderr, disable=not shown, leave=False) as bar:
-        yield bar
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from torch import Tensor
 from kv.pool import KVPool
 from workers.attention.spans import PagedSpans
 
-_WASTED_BLOCKS = 12
+_WASTED_BLOCKS = 8
 """Padding that a group may hold before a further call is cheaper than padding more."""
-_GROUP_BYTES = 4 << 20
+_GROUP_BYTES = 2 << 20
 """Keys gathered by one call, at most (a single longer sequence aside): what was gathered should still be in the cache when read."""
 
 

@@ -1,0 +1,38 @@
+# make serve [ARGS="MODEL --option value ..."]   serve a model (default: the bundled demo) on port 8000
+# make test  [ARGS="-k name ..."]                run the tests
+# make check                                     ruff, mypy --strict, import-linter
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c "print(1)" 2>/dev/null),$(p))))
+VENV := .venv
+PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: serve test check clean
+
+serve: $(VENV)/.serve
+	@exec $(VENV)/bin/rayline serve $(ARGS)
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+check: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Rayline needs Python 3.11 or newer" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by its exact version, so that a CPU build that lies at hand is taken before a larger one
+$(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.serve
+	$(PIP) --editable ".[test,bench]"
+	@touch $@

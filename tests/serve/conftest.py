@@ -1,0 +1,123 @@
+"""One served demo model for all tests that need Ray: started by the command that users start it by, on a free port."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from cluster.cli import DEMO_MODEL
+
+START_TIMEOUT_S = 240
+STOP_TIMEOUT_S = 60
+MARK = "RAYLINE_TEST_SERVER"
+"""Environment variable that all processes of a server inherit: its port."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Server:
+    """A running `rayline serve`."""
+
+    process: "subprocess.Popen[bytes]"
+    url: str
+    log: Path
+
+    def __post_init__(self) -> None:
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        """To be closed by the caller."""
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def request(self, path: str, body: bytes | None = None) -> tuple[int, dict[str, str], bytes]:
+        """(status, headers, body) of a GET, or of a POST of JSON."""
+        request = urllib.request.Request(self.url + path, data=body, headers={"content-type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, dict(answer.headers), answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, dict(error.headers), error.read()
+
+    def post(self, path: str, **body: Any) -> tuple[int, Any]:
+        """(status, decoded answer) of a POST."""
+        status, _, content = self.request(path, json.dumps(body).encode())
+        return status, json.loads(content)
+
+    def gauge(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        lines = self.request("/metrics")[2].decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+
+    def wait_for(self, name: str, value: float, timeout_s: float = 30) -> None:
+        """Until a metric has a value. Metrics follow with the next heartbeat."""
+        end = time.monotonic() + timeout_s
+        while (seen := self.gauge(name)) != value:
+            assert time.monotonic() < end, f"{name} is {seen}, not {value}"
+            time.sleep(0.1)
+
+    def processes(self) -> list[int]:
+        """Ids of all live processes that this server started, itself included."""
+        mark = f"{MARK}={self.url.rsplit(':', 1)[1]}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:
+                pass  # gone meanwhile, or somebody else's
+        return found
+
+    def stop(self) -> int:
+        """Ctrl-C, as a terminal sends it; the exit status."""
+        self.client.close()
+        os.killpg(self.process.pid, signal.SIGINT)
+        return self.process.wait(STOP_TIMEOUT_S)
+
+
+def start_server(log: Path, *options: str) -> Server:
+    """`rayline serve` with `options`, ready to answer."""
+    port = free_port()
+    command = [sys.executable, "-m", "cluster.cli", "serve", *options, "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as output:
+        mark = {**os.environ, MARK: str(port)}
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=mark)
+    server = Server(process, f"http://127.0.0.1:{port}", log)
+    end = time.monotonic() + START_TIMEOUT_S
+    while True:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end, f"not healthy after {START_TIMEOUT_S} s:\n{log.read_text()}"
+        try:
+            if server.request("/health")[0] == 200:
+                return server
+        except OSError:
+            pass
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo in fp32, with a pool of 100 blocks: smaller than 64 streams need, so that preemption is part of the game."""
+    log = tmp_path_factory.mktemp("serve") / "log"
+    kv_memory = 101 * 16 * 4 * 2 * 4 * 4 * 32  # blocks x block_size x layers x (K, V) x bytes x kv_heads x head_dim
+    running = start_server(log, str(DEMO_MODEL), "--served-model-name", "demo", "--dtype", "float32", "--kv-memory", str(kv_memory))
+    yield running
+    if running.process.poll() is None:
+        assert running.stop() == 0, log.read_text()

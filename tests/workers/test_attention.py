@@ -1,0 +1,112 @@
+"""Attention over paged spans: the metadata, the reference against a definition, the portable backend against the reference."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.config import ConfigError
+from kv.pool import KVPool
+from tests.workers.spans import make_span
+from workers.attention import PagedSpans, make_attention
+from workers.attention.portable import PortableAttention
+from workers.sequences import Span
+
+BLOCK = 4
+
+
+def lay_out(spans: list[tuple[int, int]], seed: int = 0) -> tuple[list[Span], int]:
+    """Spans [start, end) on shuffled blocks, with a block to spare in each table; and the number of blocks in the pool."""
+    counts = [-(-end // BLOCK) + 1 for _, end in spans]
+    ids = (np.random.default_rng(seed).permutation(sum(counts)) + 1).tolist()
+    made = []
+    for (start, end), count in zip(spans, counts, strict=True):
+        made.append(make_span(start, end, [ids.pop() for _ in range(count)]))
+    return made, sum(counts) + 1
+
+
+def attend(
+    name: str, spans: list[Span], num_blocks: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, KVPool, torch.Tensor]:
+    """Random context and queries through backend `name`; returns outputs, pool and queries."""
+    torch.manual_seed(1)
+    pool = KVPool(2, num_blocks, BLOCK, kv_heads, dim, dtype, torch.device("cpu"))
+    pool.keys.normal_()
+    pool.values.normal_()
+    paged = PagedSpans.of(spans, BLOCK)
+    rows = int(paged.first_row[-1])
+    queries, keys, values = (torch.randn(rows, n, dim).to(dtype) for n in (heads, kv_heads, kv_heads))
+    pool.write(1, torch.from_numpy(paged.slots(paged.positions())), keys, values)
+    return make_attention(name, pool).prepare(paged).attend(1, queries, keys, values), pool, queries
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), min_size=1, max_size=9))
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_metadata_is_what_a_loop_over_tokens_gives(sizes: list[tuple[int, int]]) -> None:
+    spans, _ = lay_out([(start, start + n) for start, n in sizes])
+    paged = PagedSpans.of(spans, BLOCK)
+    positions = [p for span in spans for p in range(span.start, span.end)]
+    slots = [int(span.state.blocks[p // BLOCK]) * BLOCK + p % BLOCK for span in spans for p in range(span.start, span.end)]
+    assert paged.positions().tolist() == positions
+    assert paged.slots(paged.positions()).tolist() == slots
+    assert [paged.table(i).tolist() for i in range(len(spans))] == [s.state.blocks[: -(-s.end // BLOCK)].tolist() for s in spans]
+    which = np.arange(len(spans))[::-1]
+    padded = paged.padded_tables(which)
+    for row, i in zip(padded.tolist(), which.tolist(), strict=True):
+        table = paged.table(i).tolist()
+        assert row == table + [0] * (padded.shape[1] - len(table))
+
+
+def test_the_reference_is_the_textbook_formula() -> None:
+    spans, num_blocks = lay_out([(0, 5), (6, 7), (3, 9)])
+    out, pool, queries = attend("reference", spans, num_blocks, heads=4, kv_heads=2, dim=6, dtype=torch.float32)
+    row = 0
+    for span in spans:
+        for position in range(span.start, span.end):
+            slots = [(int(span.state.blocks[p // BLOCK]), p % BLOCK) for p in range(position + 1)]
+            for head in range(4):
+                scores = [float(queries[row, head] @ pool.keys[1, b, o, head // 2]) / math.sqrt(6) for b, o in slots]
+                weights = np.exp(scores) / np.exp(scores).sum()
+                wanted = sum(float(w) * pool.values[1, b, o, head // 2] for w, (b, o) in zip(weights, slots, strict=True))
+                torch.testing.assert_close(out[row].view(4, 6)[head], wanted, atol=1e-5, rtol=1e-5)
+            row += 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.sampled_from([1, 1, 1, 2, 5, 17])), min_size=1, max_size=24),
+    st.sampled_from([(4, 4, 8), (6, 2, 16), (5, 1, 10)]),
+)
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_the_portable_backend_is_the_reference(sizes: list[tuple[int, int]], model: tuple[int, int, int]) -> None:
+    spans, num_blocks = lay_out([(start, start + n) for start, n in sizes])
+    expected, _, _ = attend("reference", spans, num_blocks, *model, torch.float32)
+    actual, _, _ = attend("torch", spans, num_blocks, *model, torch.float32)
+    torch.testing.assert_close(actual, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near_the_reference(dtype: torch.dtype) -> None:
+    spans, num_blocks = lay_out([(0, 30), (20, 21), (9, 30), (0, 1), (55, 56)])
+    expected, _, _ = attend("reference", spans, num_blocks, 6, 2, 16, dtype)
+    actual, _, _ = attend("torch", spans, num_blocks, 6, 2, 16, dtype)
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual, expected, atol=0.03, rtol=0.03)
+
+
+def test_many_decodes_of_many_lengths_are_cut_into_groups() -> None:
+    sizes = [(n, n + 1) for n in (*range(40, 75), 3, 4, 300, 301)]
+    spans, num_blocks = lay_out(sizes)
+    expected, pool, _ = attend("reference", spans, num_blocks, 4, 2, 8, torch.float32)
+    actual, _, _ = attend("torch", spans, num_blocks, 4, 2, 8, torch.float32)
+    torch.testing.assert_close(actual, expected, atol=2e-6, rtol=1e-5)
+    groups = PortableAttention(pool).prepare(PagedSpans.of(spans, BLOCK)).groups
+    assert 3 <= len(groups) < len(spans)
+    assert sum(group.size for group in groups) == len(spans)
+
+
+def test_an_unknown_backend_is_named() -> None:
+    with pytest.raises(ConfigError, match="flash"):
+        make_attention("flash", KVPool(1, 2, 4, 1, 2, torch.float32, torch.device("cpu")))
