@@ -1,12 +1,13 @@
 # make serve [ARGS="MODEL --option value ..."]   serve a model (default: the bundled demo) on port 8000
 # make test  [ARGS="-k name ..."]                run the tests
 # make check                                     ruff, mypy --strict, import-linter
+# make fuzz                                      the property tests with new and many more examples
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c "print(1)" 2>/dev/null),$(p))))
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test check clean
+.PHONY: serve test check fuzz clean
 
 serve: $(VENV)/.serve
 	@exec $(VENV)/bin/rayline serve $(ARGS)
@@ -19,6 +20,9 @@ check: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+fuzz: $(VENV)/.test
+	$(VENV)/bin/python -m pytest --hypothesis-profile=fuzz --timeout=3600 tests/cluster tests/kv tests/router $(ARGS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -7,7 +7,6 @@ the process that made them, and end with the application's lease (see GlobalSche
 import logging
 import threading
 import time
-import uuid
 from typing import Any
 
 import ray
@@ -32,7 +31,7 @@ class SchedulerActor:
         logging.basicConfig(level=logging.INFO, format="[scheduler] %(levelname)s %(message)s")
         self._mailbox = Mailbox[SchedulerMessage](SchedulerMessage, ray.util.get_node_ip_address(), port)
         settings = SchedulerConfig(max_queue=config.max_queue, placement=config.placement)
-        self._scheduler = GlobalScheduler(settings, uuid.uuid4().hex, time.monotonic())
+        self._scheduler = GlobalScheduler(settings, time.monotonic())
         self._lease = lease
         self._engines: set[str] = set()
         threading.Thread(target=self._run, name="scheduler", daemon=True).start()

@@ -12,10 +12,12 @@ A sequence in a launched plan keeps its blocks until that plan has returned, wha
 """
 
 import bisect
+import itertools
 from collections import deque
 from dataclasses import dataclass
 
 from cluster.config import BatchConfig
+from cluster.line import WaitingLine
 from cluster.protocol import (
     Admission,
     Chunk,
@@ -48,8 +50,7 @@ class Batcher:
         self.config = config
         self.kv = kv
         self.epoch = epoch
-        self.waiting: list[Sequence] = []
-        """In order of arrival."""
+        self.line = WaitingLine()
         self.running: list[Sequence] = []
         """In order of arrival; all have a block table."""
         self.in_flight: deque[Launched] = deque()
@@ -59,33 +60,36 @@ class Batcher:
         self._next_step = 0
         self._gone: list[int] = []
         """Sequences the workers may forget with the next plan."""
-        self._held_back: list[Sequence] = []
-        """Choices that wait until their sibling's prompt has been scheduled, to fork it."""
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
     def why_impossible(self, request: Request) -> str | None:
         """The reason why `request` could never run here, or None."""
         limit = self.config.max_sequence_tokens
-        longest = len(request.prompt) + request.params.max_tokens
-        if longest > limit:
-            asked = f"prompt ({len(request.prompt)}) and max_tokens ({request.params.max_tokens})"
+        params, emitted = request.params, request.emitted
+        if len(request.prompt) + params.max_tokens > limit:
+            asked = f"prompt ({len(request.prompt)}) and max_tokens ({params.max_tokens})"
             return f"{asked} exceed the {limit} tokens that fit here"
+        if not request.prompt or params.n < 1 or params.max_tokens < 1:
+            return "there is nothing to compute: prompt, n and max_tokens must each be at least 1"
+        if len(emitted) != params.n or len(request.finished) != params.n or all(request.finished):
+            return f"emitted and finished must speak of {params.n} choices, of which one at least still runs"
+        if any(len(e) >= params.max_tokens and not f for e, f in zip(emitted, request.finished, strict=True)):
+            return "a choice that still runs has all of its max_tokens"
         return None
 
     def add(self, request: Request, now: float) -> None:
         """Queue all choices of a request that `why_impossible` has nothing against."""
         choices = [c for c in range(request.params.n) if not request.finished[c]]
         sequences: dict[int, Sequence] = {}
-        forks = self.config.reservation == "paged"
+        forks = self.config.reservation == "paged" and self.config.batching == "continuous"
         for choice in choices:
             sequence = Sequence(self._next_seq, request, choice, list(request.emitted[choice]), received_at=now)
             self._next_seq += 1
             if forks and sequences:
-                sequence.parent = sequences[choices[0]]
-                self._held_back.append(sequence)
+                self.line.hold(sequence, sequences[choices[0]])
             else:
-                bisect.insort(self.waiting, sequence, key=_order)
+                self.line.join(sequence)
             sequences[choice] = sequence
         self._requests[request.id] = sequences
 
@@ -110,7 +114,7 @@ class Batcher:
     def schedule(self, now: float) -> StepPlan | None:
         """The next iteration, launched: None if nothing can run now. Call only while fewer than `pp` plans are in flight."""
         self._end_static_batch()
-        self._free_held_back()
+        self.line.release(self._can_fork)
         plan = StepPlan(epoch=self.epoch, step=self._next_step, admitted=[], chunks=[], copies=[], finished=[])
         chosen: list[Sequence] = []
         decodes = self._schedule_decodes(plan, chosen)
@@ -130,17 +134,17 @@ class Batcher:
     def _schedule_decodes(self, plan: StepPlan, chosen: list[Sequence]) -> int:
         """At most ceil(running / pp) decodes, so that every stage has its share. Returns how many tokens they take."""
         most = -(-len(self.running) // self.config.pp)
-        rerun = self.config.batching == "static" and any(s.finish is None for s in self.running)
         count = 0
         for sequence in list(self.running):
             if count == most:
                 break
-            if not self.kv.holds(sequence.seq):
-                continue  # preempted by an older one in this loop
-            if sequence.finish is not None:
-                count += rerun and self._rerun(sequence, plan, chosen)
-            elif sequence.schedulable == 1:
+            # One that an older one preempted in this loop holds nothing any more.
+            if sequence.schedulable == 1 and sequence.finish is None and self.kv.holds(sequence.seq):
                 count += self._run(sequence, 1, plan, chosen)
+        if self.config.batching == "static" and any(s.finish is None for s in self.running):
+            for sequence in self.running:
+                if count < most and sequence.finish is not None:
+                    count += self._rerun(sequence, plan, chosen)
         return count
 
     def _schedule_prefills(self, plan: StepPlan, chosen: list[Sequence], budget: int) -> int:
@@ -157,60 +161,64 @@ class Batcher:
     def _admit(self, plan: StepPlan, chosen: list[Sequence], budget: int) -> None:
         """Take sequences from the head of the waiting line; none overtakes one that arrived before it."""
         static = self.config.batching != "continuous"
-        if static and self.running:
+        if not self.line.waiting or (static and self.running):
             return
-        while self.waiting and len(self.running) < self.config.max_num_seqs and (budget > 0 or static):
-            sequence = self.waiting[0]
-            if not self._enter(sequence, plan):
+        free = self.kv.pool.num_free - self._blocks_promised()
+        while self.line.waiting and len(self.running) < self.config.max_num_seqs and (budget > 0 or static):
+            sequence = self.line.waiting[0]
+            taken = self._enter(sequence, plan, free)
+            if taken is None:
                 break
-            self.waiting.pop(0)
+            free -= taken
+            self.line.waiting.pop(0)
             bisect.insort(self.running, sequence, key=_order)
             count = min(sequence.schedulable, budget)
             if count > 0 and self._run(sequence, count, plan, chosen):
                 budget -= count
 
-    def _enter(self, sequence: Sequence, plan: StepPlan) -> bool:
-        """Give `sequence` a block table if the pool holds all of its known tokens, besides what the running ones need soon."""
-        parent, sequence.parent = sequence.parent, None
-        free = self.kv.pool.num_free - self._blocks_promised()
+    def _enter(self, sequence: Sequence, plan: StepPlan, free: int) -> int | None:
+        """Give `sequence` a block table if the `free` blocks hold all of its known tokens; returns how many it will take soon."""
+        parent = sequence.parent
         if parent is not None and self._can_fork(parent):
             shared = len(sequence.request.prompt) - 1
-            missing = self.kv.blocks_for(sequence.num_tokens) - shared // self.config.block_size
-            fork = self.kv.fork(parent.seq, sequence.seq, shared) if missing <= free else None
+            taken = self.kv.blocks_for(sequence.num_tokens) - shared // self.config.block_size
+            fork = self.kv.fork(parent.seq, sequence.seq, shared) if taken <= free else None
             if fork is None:
-                sequence.parent = parent
-                return False
-            sequence.num_computed = fork.num_computed
+                return None
+            sequence.num_computed = shared
             if fork.copy is not None:
                 plan.copies.append(fork.copy)
-        elif not self._place(sequence, free):
-            return False
+        else:
+            match = self._match(sequence)
+            taken = self.kv.blocks_to_admit(sequence.num_tokens, sequence.max_num_tokens) - len(match.blocks)
+            if taken > free or not self.kv.admit(sequence.seq, match, sequence.max_num_tokens):
+                return None
+            sequence.num_computed = match.num_tokens
+        sequence.parent = None
         new = None if sequence.sent else _new_sequence(sequence)
         plan.admitted.append(Admission(sequence.seq, sequence.num_computed, list(self.kv.table(sequence.seq)), new))
         sequence.sent = True
-        return True
+        return taken + self._margin
 
-    def _place(self, sequence: Sequence, free: int) -> bool:
-        match = PrefixMatch()
-        if self.config.reservation == "paged":
-            tokens = sequence.request.prompt + sequence.emitted
-            match = self.kv.match(tokens, sequence.request.cache_salt)
-            if self.kv.blocks_for(sequence.num_tokens) - len(match.blocks) > free:
-                return False
-        if not self.kv.admit(sequence.seq, match, sequence.max_num_tokens):
-            return False
-        sequence.num_computed = match.num_tokens
-        return True
+    def _match(self, sequence: Sequence) -> PrefixMatch:
+        if self.config.reservation != "paged":
+            return PrefixMatch()
+        return self.kv.match(sequence.request.prompt + sequence.emitted, sequence.request.cache_salt)
 
     def _can_fork(self, parent: Sequence) -> bool:
-        return parent in self.running and parent.num_computed >= len(parent.request.prompt) - 1
+        return self.kv.holds(parent.seq) and parent.num_computed >= len(parent.request.prompt) - 1
+
+    @property
+    def _margin(self) -> int:
+        """Blocks to keep free for each running sequence: with paging, the next one to decode into."""
+        return 1 if self.config.reservation == "paged" else 0
 
     def _blocks_promised(self) -> int:
-        """What the running sequences will take soon: the rest of their prompts, and one block each to decode into."""
+        """What the running sequences will take soon: the rest of their prompts, and the margin."""
         if self.config.reservation != "paged":
             return 0
         known = sum(max(0, self.kv.blocks_for(s.num_tokens) - len(self.kv.table(s.seq))) for s in self.running)
-        return known + len(self.running)
+        return known + self._margin * len(self.running)
 
     def _run(self, sequence: Sequence, count: int, plan: StepPlan, chosen: list[Sequence]) -> bool:
         """Add a chunk of `count` tokens; False if there are no blocks for it now."""
@@ -224,10 +232,10 @@ class Batcher:
         # What workers can't have yet is the token drawn last: the prompt came with the sequence, older tokens with older chunks.
         tokens = sequence.emitted[-1:] if last else []
         plan.chunks.append(Chunk(sequence.seq, sequence.num_computed, count, blocks, tokens, sample=last))
+        if sequence.num_computed < len(sequence.request.prompt):
+            self.kv.cache.pending(sequence.request.prompt[:end], self.kv.table(sequence.seq), sequence.request.cache_salt)
         sequence.num_computed = end
         self._launch(sequence, chosen)
-        if end <= len(sequence.request.prompt):
-            self.kv.cache.pending(sequence.request.prompt[:end], self.kv.table(sequence.seq), sequence.request.cache_salt)
         return True
 
     def _rerun(self, sequence: Sequence, plan: StepPlan, chosen: list[Sequence]) -> bool:
@@ -256,40 +264,28 @@ class Batcher:
         return True
 
     def _preempt(self, victim: Sequence) -> None:
-        self.running.remove(victim)
-        self.kv.release(victim.seq)
-        victim.reset()
+        self._give_back(victim)
+        victim.num_computed = 0
         self.num_preemptions += 1
-        bisect.insort(self.waiting, victim, key=_order)
-        for sequence in self.waiting:
-            if sequence.parent is victim:
-                sequence.parent = None  # by the time the victim has its KV again it may be too late for a fork
+        self.line.join(victim)
+        self.line.recall(victim)
 
     def _prefill_budget(self, left: int) -> int:
         """With several stages a prompt backlog is spread over the plans in flight, in chunks of at least 64 tokens."""
         if self.config.pp == 1:
             return left
-        backlog = sum(s.schedulable for s in [*self.running, *self.waiting] if s.schedulable > 1)
+        backlog = 0
+        for sequence in itertools.chain(self.running, self.line.waiting):
+            backlog += sequence.schedulable if sequence.schedulable > 1 else 0
+            if backlog >= left * self.config.pp:
+                break
         return min(left, max(64, -(-backlog // self.config.pp)))
-
-    def _free_held_back(self) -> None:
-        """Choices whose sibling's prompt is covered by launched plans, or that have none to wait for, join the waiting line."""
-        still: list[Sequence] = []
-        for sequence in self._held_back:
-            parent = sequence.parent
-            if parent is None or parent.finish is not None or self._can_fork(parent):
-                bisect.insort(self.waiting, sequence, key=_order)
-            else:
-                still.append(sequence)
-        self._held_back = still
 
     # --- results ----------------------------------------------------------------------------------------------------
 
     def update(self, result: StepResult) -> list[TokenDelta]:
-        """Take in the result of the oldest plan in flight; returns what is new for the clients."""
+        """Take in the result of the oldest plan in flight (see `expects`); returns what is new for the clients."""
         launched = self.in_flight.popleft()
-        if (result.epoch, result.step) != (launched.plan.epoch, launched.plan.step):
-            raise ValueError(f"result of step {result.step}, but {launched.plan.step} is the oldest in flight")
         drawn = {r.seq: r for r in result.results}
         deltas: list[TokenDelta] = []
         for chunk, sequence in zip(launched.plan.chunks, launched.sequences, strict=True):
@@ -299,6 +295,13 @@ class Batcher:
             elif sequence.finish is not None and sequence.in_flight == 0:
                 self._leave(sequence)  # cancelled, or finished earlier, while plans held it
         return deltas
+
+    def expects(self, result: StepResult) -> bool:
+        """Whether this is the result of the oldest plan in flight, with tokens for just the chunks that sample."""
+        if not self.in_flight or self.in_flight[0].plan.step != result.step:
+            return False
+        sampling = sorted(chunk.seq for chunk in self.in_flight[0].plan.chunks if chunk.sample)
+        return sampling == sorted(r.seq for r in result.results) and all(r.tokens for r in result.results)
 
     def _advance(self, sequence: Sequence, result: ChunkResult) -> TokenDelta:
         index = len(sequence.emitted)
@@ -338,10 +341,8 @@ class Batcher:
         del live[sequence.choice]
         if not live:
             del self._requests[sequence.request.id]
-        if sequence in self._held_back:
-            self._held_back.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        self.line.orphan(sequence)
+        if self.line.leave(sequence):
             self._forget(sequence)
         elif sequence.in_flight == 0:
             self._leave(sequence)
@@ -357,11 +358,15 @@ class Batcher:
                 self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        self._give_back(sequence)
+        self._forget(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        """Out of the running set; its KV goes to the prefix cache, its blocks to the pool."""
         self.running.remove(sequence)
         tokens = (sequence.request.prompt + sequence.emitted)[: sequence.num_computed]
         self.kv.cache.computed(tokens, self.kv.table(sequence.seq), sequence.request.cache_salt)
         self.kv.release(sequence.seq)
-        self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
         if sequence.sent:
@@ -374,8 +379,8 @@ class Batcher:
 
         A few sequences more than run are asked for, so that a next one is here when a place falls free.
         """
-        queued = [*self.waiting, *self._held_back]
-        claimed = self._blocks_promised() + sum(self.kv.blocks_for(s.num_tokens) for s in queued)
+        queued = sum(self.kv.blocks_to_admit(s.num_tokens, s.max_num_tokens) for s in self.line.everyone())
+        claimed = self._blocks_promised() + queued
         tokens = (self.kv.pool.num_free - claimed) * self.config.block_size
         return Credit(max(0, tokens), max(0, self.capacity().sequences - self.num_sequences))
 
@@ -388,7 +393,7 @@ class Batcher:
         ledger = self.kv.ledger({s.seq: s.num_computed for s in self.running})
         return EngineStats(
             running=len(self.running),
-            waiting=len(self.waiting) + len(self._held_back),
+            waiting=len(self.line),
             in_flight=len(self.in_flight),
             blocks_total=self.config.num_blocks - 1,
             blocks_used=self.kv.pool.num_used,
@@ -402,12 +407,12 @@ class Batcher:
         self.kv.check_integrity()
         assert {s.seq for s in self.running} == set(self.kv.sequences), "tables and running set differ"
         assert self.running == sorted(self.running, key=_order)
-        assert self.waiting == sorted(self.waiting, key=_order)
+        assert self.line.waiting == sorted(self.line.waiting, key=_order)
         counted: dict[int, int] = {}
         for launched in self.in_flight:
             for sequence in launched.sequences:
                 counted[sequence.seq] = counted.get(sequence.seq, 0) + 1
-        for sequence in [*self.running, *self.waiting]:
+        for sequence in [*self.running, *self.line.waiting]:
             assert sequence.in_flight == counted.get(sequence.seq, 0), f"sequence {sequence.seq} miscounts its plans"
 
 

@@ -45,11 +45,7 @@ class BatchConfig:
         _at_least_one(self, "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "pp")
         if self.num_blocks < 2:
             raise ConfigError(f"num_blocks is {self.num_blocks}, but a pool needs the null block and at least one more")
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs ({self.max_num_seqs}): "
-                "an iteration holds one token of every decoding sequence"
-            )
+        _check_budget(self)
 
     @property
     def pool_tokens(self) -> int:
@@ -105,6 +101,7 @@ class Config:
             raise ConfigError("model is empty: name a directory or a hub id")
         numbers = ("tp", "pp", "engines", "routers", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_queue")
         _at_least_one(self, *numbers)
+        _check_budget(self)
         for name in ("max_model_len", "kv_memory", "threads"):
             if getattr(self, name) is not None:
                 _at_least_one(self, name)
@@ -129,7 +126,7 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ConfigError(f"unknown setting '{unknown[0]}'; known are: {', '.join(sorted(hints))}")
-    if "model" not in values:
+    if values.get("model") is None:
         raise ConfigError("model is missing")
     checked = {name: _check(name, value, hints[name]) for name, value in values.items() if value is not None}
     return Config(**checked)
@@ -167,6 +164,14 @@ def _check(name: str, value: Any, hint: Any) -> Any:
             return value
     wanted = " or ".join(part.__name__ for part in allowed)
     raise ConfigError(f"{name} is {value!r}, but must be {wanted}")
+
+
+def _check_budget(config: "Config | BatchConfig") -> None:
+    if config.max_num_batched_tokens < config.max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least max_num_seqs ({config.max_num_seqs}): "
+            "an iteration holds one token of every decoding sequence"
+        )
 
 
 def _at_least_one(config: Any, *names: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cluster.batcher import Batcher
-from cluster.config import BatchConfig
+from cluster.config import BatchConfig, ConfigError
 from cluster.protocol import (
     Cancel,
     Credit,
@@ -39,6 +39,10 @@ from cluster.protocol import (
     WorkerReady,
 )
 from kv.manager import KVManager
+
+_SETTLED_RESULTS = 100
+"""After so many good steps an epoch counts as healthy, and the next failure as the first."""
+_STALLED_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,7 @@ class _Epoch:
     heard_at: float = 0.0
     """Last sign of progress: a worker's answer, or the launch that ended an idle time."""
     pinged_at: float | None = None
+    results: int = 0
 
 
 class Engine:
@@ -133,8 +138,10 @@ class Engine:
         self._failures = 0
         self._reason = "starting"
         self._report_number = 0
-        self._reported: tuple[object, ...] = ()
+        self._news = True
+        """Something that the scheduler should hear of before the next heartbeat."""
         self._reported_at = now
+        self._ticked_at = now
         self._epoch = _Epoch(first_epoch, now, start_at=now)
         self.tick(now)
 
@@ -163,10 +170,9 @@ class Engine:
             case Cancel():
                 self._cancel(message)
             case RouterDown():
-                for request in [r for r in self._requests.values() if r.reply_to == message.router]:
-                    self._drop(request.id)
+                self._router_down(message.router)
             case EngineDown() if message.epoch >= self.epoch:
-                self._end_epoch("taken for dead by the scheduler", now)
+                self._end_epoch("taken for dead by the scheduler", now, next_epoch=message.epoch + 1, failure=False)
             case StepResult():
                 self._result(message, now)
             case WorkerReady():
@@ -188,6 +194,10 @@ class Engine:
     def tick(self, now: float) -> None:
         """Look at the clock: time-outs, back-off, heartbeats. Call a few times a second."""
         epoch = self._epoch
+        gap, self._ticked_at = now - self._ticked_at, now
+        if gap > _STALLED_S:  # it was this process that stood still: nobody else had a chance to be heard
+            epoch.began_at, epoch.heard_at = epoch.began_at + gap, epoch.heard_at + gap
+            epoch.pinged_at = None
         if epoch.start_at is not None and now >= epoch.start_at:
             epoch.start_at, epoch.began_at = None, now
             self.metrics.epochs += 1
@@ -212,7 +222,7 @@ class Engine:
                 self._end_epoch(f"no answer from an idle worker for {config.step_timeout_s:.0f} s", now)
         elif now - epoch.heard_at > config.step_timeout_s / 4:
             epoch.pinged_at = now
-            self._send(epoch.ready[0].address, Ping(epoch.number, self._report_number))
+            self._send(epoch.ready[0].address, Ping(epoch.number))
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -241,11 +251,21 @@ class Engine:
         known = self._requests.get(message.request)
         if known is not None and known.attempt == message.attempt and self.batcher is not None:
             self.batcher.cancel(message.request, message.choices)
+            self._news = True
             self._forget_ended([message.request])
+
+    def _router_down(self, router: str) -> None:
+        """Its requests are dropped, and it is told so: it may only have been silent."""
+        theirs = [(r.id, r.attempt) for r in self._requests.values() if r.reply_to == router]
+        for request, _ in theirs:
+            self._drop(request)
+        if theirs:
+            self._send(router, Released(self.config.name, self.epoch, theirs, "the router was taken for dead"))
 
     def _drop(self, request: str) -> None:
         if self.batcher is not None:
             self.batcher.cancel(request)
+        self._news = True
         self._requests.pop(request, None)
         self._deadlines.pop(request, None)
 
@@ -280,12 +300,14 @@ class Engine:
         if result.error is not None:
             self._end_epoch(f"step {result.step} failed: {result.error}", now)
             return
-        if not batcher.in_flight or batcher.in_flight[0].plan.step != result.step:
-            self._end_epoch(f"unexpected result of step {result.step}", now)
+        if not batcher.expects(result):
+            self._end_epoch(f"step {result.step}: not the result that was expected", now)
             return
         deltas = batcher.update(result)
         self._epoch.heard_at = now
-        self._failures = 0
+        self._epoch.results += 1
+        if self._epoch.results == _SETTLED_RESULTS:
+            self._failures = 0
         self._deliver(deltas)
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
@@ -295,7 +317,9 @@ class Engine:
             by_router.setdefault(self._requests[delta.request].reply_to, []).append(delta)
         for router, news in by_router.items():
             self._send(router, Deltas(self.config.name, self.epoch, news))
-        self._forget_ended(delta.request for delta in deltas if delta.finish is not None)
+        ended = [delta.request for delta in deltas if delta.finish is not None]
+        self._news = self._news or bool(ended)
+        self._forget_ended(ended)
 
     # --- epochs -----------------------------------------------------------------------------------------------------
 
@@ -307,45 +331,50 @@ class Engine:
         epoch.heard_at = now
         if len(epoch.ready) < self.config.num_ranks or epoch.batcher is not None:
             return
-        batch = dataclasses.replace(
-            self.config.batch,
-            num_blocks=min(r.num_blocks for r in epoch.ready.values()),
-            max_model_len=min(r.max_model_len for r in epoch.ready.values()),
-        )
+        num_blocks = min(r.num_blocks for r in epoch.ready.values())
+        max_model_len = min(r.max_model_len for r in epoch.ready.values())
+        try:
+            batch = dataclasses.replace(self.config.batch, num_blocks=num_blocks, max_model_len=max_model_len)
+        except ConfigError as error:
+            self._end_epoch(f"workers can't serve: {error}", now)
+            return
         epoch.batcher = Batcher(batch, KVManager(batch), epoch.number)
         self._reason = ""
+        self._news = True
 
-    def _end_epoch(self, reason: str, now: float) -> None:
-        """Everything of this epoch is over; the next one begins, later if the last ones failed without one step done."""
+    def _end_epoch(self, reason: str, now: float, next_epoch: int = 0, failure: bool = True) -> None:
+        """Everything of this epoch is over. The next one begins at once, or later if the last ones failed early too."""
         over = self._epoch
+        suspects: set[str] = set()
         if over.batcher is not None:
             self.metrics.preemptions += over.batcher.num_preemptions
+            suspects = {s.request.id for launched in over.batcher.in_flight for s in launched.sequences}
         by_router: dict[str, list[tuple[str, int]]] = {}
         for request in self._requests.values():
             by_router.setdefault(request.reply_to, []).append((request.id, request.attempt))
         for router, requests in by_router.items():
-            self._send(router, Released(self.config.name, over.number, requests, reason))
+            blamed = [id for id, _ in requests if failure and id in suspects]
+            self._send(router, Released(self.config.name, over.number, requests, reason, blamed))
         self._requests.clear()
         self._deadlines.clear()
         self._accepted.clear()
         self._actions.append(KillWorkers(over.number, reason))
         self._reason = reason
-        wait = 0.0 if self._failures == 0 else min(self.config.longest_backoff_s, 2.0 ** (self._failures - 1))
-        self._failures += 1
-        self._epoch = _Epoch(over.number + 1, now, start_at=now + wait)
+        wait = min(self.config.longest_backoff_s, 2.0 ** min(self._failures - 1, 10)) if failure and self._failures else 0.0
+        self._failures += failure
+        self._epoch = _Epoch(max(over.number + 1, next_epoch), now, start_at=now + wait)
         self._report_number = 0
-        self._reported = ()
+        self._news = True
 
     # --- reports ----------------------------------------------------------------------------------------------------
 
     def _report(self, now: float) -> None:
-        """Tell the scheduler what changed, and every heartbeat that nothing did."""
+        """Tell the scheduler when a request came or went, and every heartbeat: at request rate, not once a step."""
+        if not self._news and not self._accepted and now - self._reported_at < self.config.heartbeat_s:
+            return
         batcher = self.batcher
         credit = batcher.credit() if batcher else Credit(0, 0)
-        state = (self.epoch, batcher is not None, self._reason, credit)
-        if state == self._reported and not self._accepted and now - self._reported_at < self.config.heartbeat_s:
-            return
-        self._reported, self._reported_at = state, now
+        self._news, self._reported_at = False, now
         self._report_number += 1
         accepted, self._accepted = self._accepted, []
         running = self.metrics

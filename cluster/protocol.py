@@ -1,7 +1,8 @@
 """Every message that crosses a process boundary. Structs only: no behaviour, no I/O.
 
-Wire format: msgpack, written by msgspec. A message is an array whose first element is the name of its type, so any
-msgpack reader can follow a captured frame; fields follow in the order they stand here. New fields go last and have a default.
+Wire format: msgpack, written by msgspec. A message is an array whose first element is the name of its type, so any msgpack reader
+can follow a captured frame; fields follow in the order they stand here (structs inside a message are arrays of their fields alone).
+New fields go last and have a default. Between two live processes messages arrive in order and none is lost (cluster/channel.py).
 
 Vocabulary
     request    what a client asked for; lives in the router that took it, under a cluster-wide unique id
@@ -129,6 +130,8 @@ class Released(Wire, tag=True):
     epoch: int
     requests: list[tuple[str, int]]
     reason: str
+    suspects: list[str] = []
+    """Of these, the requests that were in a plan when it failed: one of them may be what made it fail."""
 
 
 class Rejected(Wire, tag=True):
@@ -206,11 +209,13 @@ class RouterDown(Wire, tag=True):
     router: str
 
 
+class PlaceAgain(Wire, tag=True):
+    """Scheduler -> a router it did not know, or had taken for dead: none of its requests are queued here."""
+
+
 class ClusterStatus(Wire, tag=True):
     """Scheduler -> every router, each heartbeat and on change: what /health, /metrics and /v1/models speak from."""
 
-    scheduler: str
-    """Drawn when the scheduler starts. A new one knows of no request: those not yet bound must be placed again."""
     engines: "list[EngineStatus]"
     queued: int
     metrics: "list[MetricSample]"
@@ -381,24 +386,16 @@ class Ping(Wire, tag=True):
     """Engine -> worker, when idle: prove that you live."""
 
     epoch: int
-    number: int
 
 
 class Pong(Wire, tag=True):
     """Worker -> engine."""
 
     epoch: int
-    number: int
     rank: int
 
 
-class Stop(Wire, tag=True):
-    """Engine -> worker: end."""
-
-    epoch: int
-
-
-RouterMessage = Deltas | Released | Rejected | Placement | Refusal | EngineDown | ClusterStatus
+RouterMessage = Deltas | Released | Rejected | Placement | Refusal | EngineDown | PlaceAgain | ClusterStatus
 SchedulerMessage = Place | Withdraw | RouterHello | EngineReport
 EngineMessage = Submit | Cancel | RouterDown | EngineDown | StepResult | WorkerReady | WorkerFailed | Pong
-WorkerMessage = StepPlan | Ping | Stop
+WorkerMessage = StepPlan | Ping

@@ -52,7 +52,3 @@ class Sequence:
     def order(self) -> tuple[float, int]:
         """First come first served."""
         return (self.received_at, self.seq)
-
-    def reset(self) -> None:
-        """Its blocks are gone: everything known is to be computed again."""
-        self.num_computed = 0

@@ -3,21 +3,25 @@
 Binding is late: an engine grants credit (tokens and sequences it can take now), and the request that arrived first is bound when
 some engine's credit covers it. First come first served: nobody overtakes the head of the queue. Credit is what an engine's last
 report says, less what was bound to it and not yet accepted there; a binding that is never accepted (its router died) expires. So
-a lost message costs a moment, never correctness.
+a lost report costs a moment, never correctness.
 """
 
 import bisect
+import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cluster.config import PlacementPolicy
 from cluster.metrics import Totals
 from cluster.protocol import (
     ClusterStatus,
+    Credit,
     EngineDown,
     EngineMessage,
     EngineReport,
     EngineStatus,
     Place,
+    PlaceAgain,
     Placement,
     Refusal,
     RouterDown,
@@ -52,7 +56,7 @@ class SchedulerConfig:
     retry_after_s: float = 1.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Binding:
     tokens: int
     sequences: int
@@ -65,50 +69,75 @@ class _EngineView:
 
     report: EngineReport
     heard_at: float
+    max_sequence_tokens: int
+    """The last known one: an engine that loads again will most likely hold what it held."""
     bindings: dict[tuple[str, int], _Binding] = field(default_factory=dict)
+    bound: Credit = field(default_factory=lambda: Credit(0, 0))
+    """The sum of the bindings."""
 
     @property
-    def tokens(self) -> int:
-        """Credit left."""
-        return self.report.credit.tokens - sum(b.tokens for b in self.bindings.values())
-
-    @property
-    def sequences(self) -> int:
-        """Credit left."""
-        return self.report.credit.sequences - sum(b.sequences for b in self.bindings.values())
+    def left(self) -> Credit:
+        """Credit that is not bound."""
+        credit = self.report.credit
+        return Credit(credit.tokens - self.bound.tokens, credit.sequences - self.bound.sequences)
 
     def takes(self, place: Place) -> bool:
-        """Whether the credit covers `place`; an idle engine takes whatever can ever run there."""
-        if not self.report.ready or place.longest > self.report.max_sequence_tokens:
+        """Whether the credit covers `place`. What is more than half of all there is needs an idle engine, or half of it free."""
+        report, capacity = self.report, self.report.capacity
+        if not report.ready or place.longest > report.max_sequence_tokens:
             return False
-        idle = self.report.credit == self.report.capacity and not self.bindings
-        return idle or (self.tokens >= place.num_tokens and self.sequences >= place.sequences)
+        left = self.left
+        tokens = min(place.num_tokens, max(1, capacity.tokens // 2))
+        sequences = min(place.sequences, max(1, capacity.sequences // 2))
+        idle = report.credit == capacity and not self.bindings
+        return idle or (left.tokens >= tokens and left.sequences >= sequences)
+
+    def bind(self, place: Place, expires: float) -> None:
+        """Take the credit that `place` needs, until it is accepted or the binding expires."""
+        key = (place.request, place.attempt)
+        self.unbind(key)
+        self.bindings[key] = _Binding(place.num_tokens, place.sequences, expires)
+        self.bound = Credit(self.bound.tokens + place.num_tokens, self.bound.sequences + place.sequences)
+
+    def unbind(self, key: tuple[str, int]) -> None:
+        """Accepted, withdrawn or expired."""
+        binding = self.bindings.pop(key, None)
+        if binding is not None:
+            self.bound = Credit(self.bound.tokens - binding.tokens, self.bound.sequences - binding.sequences)
 
 
-@dataclass(order=True)
+@dataclass(frozen=True)
 class _Waiting:
-    order: tuple[float, str]
-    place: Place = field(compare=False)
-    since: float = field(compare=False)
-    deadline: float | None = field(compare=False)
+    place: Place
+    since: float
+    deadline: float
+
+    @property
+    def order(self) -> tuple[float, str]:
+        """First come first served over the cluster."""
+        return (self.place.arrival, self.place.request)
 
 
 class GlobalScheduler:
     """The scheduler's logic. Feed it with receive(), engine_died() and tick(); send what take_messages() returns."""
 
-    def __init__(self, config: SchedulerConfig, incarnation: str, now: float) -> None:
-        """`incarnation`: drawn anew at every start."""
+    def __init__(self, config: SchedulerConfig, now: float) -> None:
         self.config = config
-        self.incarnation = incarnation
-        self._queue: list[_Waiting] = []
+        self._line: list[_Waiting] = []
+        """In order of arrival."""
+        self._waiting: dict[str, _Waiting] = {}
+        """The same by request."""
         self._engines: dict[str, _EngineView] = {}
         self._over: dict[str, int] = {}
         """By engine: the last epoch known to be over."""
         self._routers: dict[str, float] = {}
         """When each was last heard of."""
+        self._greeted: set[str] = set()
+        """Routers that know that this scheduler began without their requests."""
         self._totals = Totals()
         self._messages: list[Send] = []
         self._next_heartbeat = now
+        self._ticked_at = now
         self._router_heard_at: float | None = None
         self._turn = 0
 
@@ -124,7 +153,7 @@ class GlobalScheduler:
     @property
     def queued(self) -> int:
         """Requests that wait for an engine."""
-        return len(self._queue)
+        return len(self._line)
 
     # --- what happens -----------------------------------------------------------------------------------------------
 
@@ -134,77 +163,104 @@ class GlobalScheduler:
             case Place():
                 self._place(message, now)
             case Withdraw():
-                self._withdraw((message.request, message.attempt))
+                self._withdraw(message.request, message.attempt)
             case RouterHello():
-                if message.router not in self._routers:
-                    self._send(message.router, self.status())
-                self._routers[message.router] = self._router_heard_at = now
-                self._totals.put(message.router, message.metrics)
+                self._hello(message, now)
+                return
             case EngineReport():
                 self._engine_report(message, now)
         self._bind(now)
 
-    def engine_died(self, engine: str, now: float) -> None:
-        """The engine's process is gone: all its epochs so far are over."""
-        view = self._engines.pop(engine, None)
-        if view is not None:
-            self._end_epoch(engine, view.report.epoch)
-            self._totals.retire(engine)
+    def engine_died(self, engine: str, epoch: int, now: float) -> None:
+        """The engine's process is gone, and with it all its epochs up to `epoch`."""
+        view = self._engines.get(engine)
+        if view is not None and view.report.epoch <= epoch:
+            del self._engines[engine]
+            self._end_epoch(engine, epoch)
             self._tell_status()
         self._bind(now)
 
     def tick(self, now: float) -> None:
         """Look at the clock: silence, expired bindings and deadlines, heartbeats. Call a few times a second."""
-        for engine in [e for e, view in self._engines.items() if now - view.heard_at > self.config.silence_s]:
-            self.engine_died(engine, now)
+        gap, self._ticked_at = now - self._ticked_at, now
+        if gap > self.config.silence_s / 2:  # it was this process that stood still: nobody had a chance to be heard
+            self._forgive(gap)
+        for view in [v for v in self._engines.values() if now - v.heard_at > self.config.silence_s]:
+            self.engine_died(view.report.engine, view.report.epoch, now)
         for router in [r for r, heard in self._routers.items() if now - heard > self.config.silence_s]:
             self._router_died(router)
         for view in self._engines.values():
-            view.bindings = {key: b for key, b in view.bindings.items() if now < b.expires}
-        late = [w for w in self._queue if w.deadline is not None and now >= w.deadline]
-        for waiting in late:
-            self._queue.remove(waiting)
-            self._send(waiting.place.reply_to, Refusal(waiting.place.request, waiting.place.attempt, "deadline"))
+            for key in [key for key, binding in view.bindings.items() if now >= binding.expires]:
+                view.unbind(key)
+        for waiting in [w for w in self._line if now >= w.deadline]:
+            self._refuse(waiting.place, "deadline")
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + self.config.heartbeat_s
             self._tell_status()
         self._bind(now)
 
+    def _forgive(self, gap: float) -> None:
+        for view in self._engines.values():
+            view.heard_at += gap
+        for router in self._routers:
+            self._routers[router] += gap
+        if self._router_heard_at is not None:
+            self._router_heard_at += gap
+
     # --- requests ---------------------------------------------------------------------------------------------------
 
     def _place(self, place: Place, now: float) -> None:
-        ready = [view.report for view in self._engines.values() if view.report.ready]
-        if ready and all(place.longest > report.max_sequence_tokens for report in ready):
-            self._send(place.reply_to, Refusal(place.request, place.attempt, "too_large"))
+        self._routers[place.reply_to] = now
+        known = self._waiting.get(place.request)
+        if known is not None and known.place.attempt > place.attempt:
             return
-        # A request that runs already and lost its engine is never turned away: its client has seen its first tokens.
-        if place.attempt == 0 and len(self._queue) >= self.config.max_queue:
-            refusal = Refusal(place.request, place.attempt, "queue_full", self.config.retry_after_s)
-            self._send(place.reply_to, refusal)
+        self._forget(place.request)
+        # A request that ran already and lost its engine is never turned away: its client has seen its first tokens.
+        if place.attempt == 0 and len(self._line) >= self.config.max_queue:
+            self._refuse(place, "queue_full")
             return
-        self._withdraw((place.request, place.attempt))
-        deadline = None if place.deadline_s is None else now + place.deadline_s
-        bisect.insort(self._queue, _Waiting((place.arrival, place.request), place, now, deadline))
+        deadline = math.inf if place.deadline_s is None else now + place.deadline_s
+        waiting = self._waiting[place.request] = _Waiting(place, now, deadline)
+        bisect.insort(self._line, waiting, key=_order)
 
-    def _withdraw(self, key: tuple[str, int]) -> None:
-        self._queue = [w for w in self._queue if (w.place.request, w.place.attempt) != key]
+    def _withdraw(self, request: str, attempt: int) -> None:
+        waiting = self._waiting.get(request)
+        if waiting is not None and waiting.place.attempt == attempt:
+            self._forget(request)
         for view in self._engines.values():
-            view.bindings.pop(key, None)
+            view.unbind((request, attempt))
+
+    def _forget(self, request: str) -> None:
+        waiting = self._waiting.pop(request, None)
+        if waiting is not None:
+            del self._line[bisect.bisect_left(self._line, waiting.order, key=_order)]
+
+    def _refuse(self, place: Place, reason: Literal["queue_full", "too_large", "deadline"]) -> None:
+        self._forget(place.request)
+        retry_after_s = self.config.retry_after_s if reason == "queue_full" else 0.0
+        self._send(place.reply_to, Refusal(place.request, place.attempt, reason, retry_after_s))
 
     def _bind(self, now: float) -> None:
-        while self._queue:
-            waiting = self._queue[0]
-            view = self._choose(waiting.place)
-            if view is None:
+        while self._line:
+            waiting = self._line[0]
+            place = waiting.place
+            view = self._choose(place)
+            if view is not None:
+                self._forget(place.request)
+                view.bind(place, now + self.config.binding_timeout_s)
+                report, waited_s = view.report, now - waiting.since
+                placement = Placement(place.request, place.attempt, report.engine, report.epoch, report.address, waited_s)
+                self._send(place.reply_to, placement)
+            elif place.attempt == 0 and self._larger_than_all(place):
+                self._refuse(place, "too_large")
+            else:
                 return
-            self._queue.pop(0)
-            place, report = waiting.place, view.report
-            binding = _Binding(place.num_tokens, place.sequences, now + self.config.binding_timeout_s)
-            view.bindings[place.request, place.attempt] = binding
-            placement = Placement(
-                place.request, place.attempt, report.engine, report.epoch, report.address, waited_s=now - waiting.since
-            )
-            self._send(place.reply_to, placement)
+
+    def _larger_than_all(self, place: Place) -> bool:
+        """Whether some engine is ready, and none that is known, ready or not, holds as many tokens."""
+        views = self._engines.values()
+        ready = any(view.report.ready for view in views)
+        return ready and all(place.longest > view.max_sequence_tokens for view in views)
 
     def _choose(self, place: Place) -> _EngineView | None:
         able = [view for view in self._engines.values() if view.takes(place)]
@@ -213,7 +269,7 @@ class GlobalScheduler:
         if self.config.placement == "round_robin":
             self._turn += 1
             return able[self._turn % len(able)]
-        return max(able, key=lambda view: (view.sequences, view.tokens))
+        return max(able, key=lambda view: (view.left.sequences, view.left.tokens))
 
     # --- engines and routers ----------------------------------------------------------------------------------------
 
@@ -224,15 +280,17 @@ class GlobalScheduler:
         view = self._engines.get(report.engine)
         if view is None or report.epoch > view.report.epoch:
             self._end_epoch(report.engine, report.epoch - 1)
-            view = self._engines[report.engine] = _EngineView(report, now)
+            limit = 0 if view is None else view.max_sequence_tokens
+            view = self._engines[report.engine] = _EngineView(report, now, limit)
             changed = True
         elif report.epoch == view.report.epoch and report.number > view.report.number:
             changed = report.ready != view.report.ready
             view.report, view.heard_at = report, now
         else:
             return
+        view.max_sequence_tokens = report.max_sequence_tokens or view.max_sequence_tokens
         for key in report.accepted:
-            view.bindings.pop(key, None)
+            view.unbind(key)
         self._totals.put(report.engine, report.metrics)
         if changed:
             self._tell_status()
@@ -243,10 +301,19 @@ class GlobalScheduler:
         for router in self._routers:
             self._send(router, EngineDown(engine, epoch))
 
+    def _hello(self, hello: RouterHello, now: float) -> None:
+        if hello.router not in self._greeted:
+            self._greeted.add(hello.router)
+            self._send(hello.router, PlaceAgain())
+            self._send(hello.router, self.status())
+        self._routers[hello.router] = self._router_heard_at = now
+        self._totals.put(hello.router, hello.metrics)
+
     def _router_died(self, router: str) -> None:
         del self._routers[router]
-        self._totals.retire(router)
-        self._queue = [w for w in self._queue if w.place.reply_to != router]
+        self._greeted.discard(router)
+        for waiting in [w for w in self._line if w.place.reply_to == router]:
+            self._forget(waiting.place.request)
         for view in self._engines.values():
             self._send(view.report.address, RouterDown(router))
 
@@ -255,7 +322,7 @@ class GlobalScheduler:
     def status(self) -> ClusterStatus:
         """What the cluster looks like now."""
         engines = [_status(view.report) for view in self._engines.values()]
-        return ClusterStatus(self.incarnation, engines, len(self._queue), self._totals.samples())
+        return ClusterStatus(engines, len(self._line), self._totals.samples())
 
     def _tell_status(self) -> None:
         status = self.status()
@@ -268,3 +335,7 @@ class GlobalScheduler:
 
 def _status(report: EngineReport) -> EngineStatus:
     return EngineStatus(report.engine, report.epoch, report.ready, report.max_sequence_tokens, report.stats, report.reason)
+
+
+def _order(waiting: _Waiting) -> tuple[float, str]:
+    return waiting.order

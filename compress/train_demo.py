@@ -26,18 +26,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from compress.corpus import (
-    END_OF_TEXT,
-    IM_END,
-    IM_START,
-    Corpus,
-    Document,
-    Rows,
-    collect,
-    standard_library,
-    stream,
-    train_tokenizer,
-)
+from compress.corpus import SPECIAL_TOKENS, Corpus, Document, Rows, collect, standard_library, stream, train_tokenizer
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -46,7 +35,6 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHECKPOINT = "checkpoint.pt"
-LONGEST_COUNTED_STEP = 30.0
 
 
 @dataclass(frozen=True)
@@ -138,11 +126,16 @@ def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
     return x.T if turned else x
 
 
-class Schedule:
-    """Progress from 0 to 1, by counted time or by steps, and the learning rate from it.
+def processor_time() -> float:
+    """Seconds for which every thread of the arithmetic has had a processor."""
+    return time.process_time() / torch.get_num_threads()
 
-    Time is counted step by step, and a step counts for `LONGEST_COUNTED_STEP` at most,
-    so that a process that is stopped for an hour and continued does not lose the hour.
+
+class Schedule:
+    """Progress from 0 to 1, by time or by steps, and the learning rate from it.
+
+    Time is processor time: on a busy machine, or stopped for a while, a run takes longer
+    instead of ending with less training.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -156,7 +149,7 @@ class Schedule:
 
     def advance(self, seconds: float) -> None:
         self.step += 1
-        self.seconds += min(seconds, LONGEST_COUNTED_STEP)
+        self.seconds += seconds
 
     def state(self) -> dict[str, Any]:
         """All that changes during a run, for a checkpoint."""
@@ -271,9 +264,9 @@ class Trainer:
         smooth, saved = math.nan, time.monotonic()
         with tqdm(total=100.0, mininterval=5, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
             while not self.schedule.done:
-                began = time.monotonic()
+                began = processor_time()
                 loss = self.train_step()
-                self.schedule.advance(time.monotonic() - began)
+                self.schedule.advance(processor_time() - began)
                 smooth = loss if math.isnan(smooth) else 0.97 * smooth + 0.03 * loss
                 bar.set_postfix(step=self.schedule.step, loss=f"{smooth:.3f}", tokens=self.tokens, refresh=False)
                 bar.update(min(100.0, 100 * self.schedule.progress) - bar.n)
@@ -290,9 +283,9 @@ def export_tokenizer(tokenizer: Tokenizer, shape: Shape, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, with the chat template in the latter."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-        additional_special_tokens=[IM_START, IM_END],
+        eos_token=SPECIAL_TOKENS[0],
+        pad_token=SPECIAL_TOKENS[0],
+        additional_special_tokens=SPECIAL_TOKENS[1:],
         model_max_length=shape.positions,
         clean_up_tokenization_spaces=False,
     )
@@ -368,7 +361,7 @@ def train(recipe: Recipe, corpus: Corpus, folder: Path, resume: bool = False) ->
 
 def main(
     out_dir: Annotated[Path, typer.Argument(help="Folder to write the model to.")],
-    minutes: Annotated[float, typer.Option(help="Length of the run, in counted minutes.")] = 70.0,
+    minutes: Annotated[float, typer.Option(help="Length of the run, in minutes of processor time.")] = 70.0,
     steps: Annotated[int | None, typer.Option(help="Number of steps; replaces --minutes.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue from the checkpoint in OUT_DIR.")] = False,
     batch_tokens: Annotated[int, typer.Option(help="Tokens per update.")] = 8192,

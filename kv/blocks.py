@@ -46,6 +46,8 @@ class BlockPool:
 
         Only for the contiguous baseline: O(num_blocks).
         """
+        if count > len(self._free):
+            return None
         run = 0
         for block in range(NULL_BLOCK + 1, self.num_blocks):
             run = run + 1 if self._refs[block] == 0 else 0

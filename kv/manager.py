@@ -64,7 +64,6 @@ class NoPrefixCache:
 class Fork:
     """A new table that begins with another sequence's KV."""
 
-    num_computed: int
     copy: tuple[int, int] | None
     """(source, destination): the block both will write into, to be copied before the plan's chunks run."""
 
@@ -104,8 +103,7 @@ class KVManager:
 
         max_tokens: the most tokens (prompt and output) it can come to. False if a reservation can't be had.
         """
-        if seq in self._tables:
-            raise IntegrityError(f"sequence {seq} is admitted twice")
+        self._check_new(seq)
         reserved = self._reserve(max_tokens)
         if reserved is None:
             return False
@@ -113,14 +111,25 @@ class KVManager:
         self._tables[seq] = [*match.blocks, *reserved]
         return True
 
-    def _reserve(self, max_tokens: int) -> list[int] | None:
+    def _check_new(self, seq: int) -> None:
+        if seq in self._tables:
+            raise IntegrityError(f"sequence {seq} is admitted twice")
+
+    def blocks_to_admit(self, num_tokens: int, max_tokens: int) -> int:
+        """Blocks that a sequence with `num_tokens` known ones needs to begin, without sharing."""
         match self.config.reservation:
             case "paged":
-                return []
+                return self.blocks_for(num_tokens)
             case "max_tokens":
-                return self.pool.allocate(self.blocks_for(max_tokens))
+                return self.blocks_for(max_tokens)
             case "contiguous":
-                return self.pool.allocate_run(self.blocks_for(self.config.max_sequence_tokens))
+                return self.blocks_for(self.config.max_sequence_tokens)
+
+    def _reserve(self, max_tokens: int) -> list[int] | None:
+        if self.config.reservation == "paged":
+            return []
+        count = self.blocks_to_admit(0, max_tokens)
+        return self.pool.allocate(count) if self.config.reservation == "max_tokens" else self.pool.allocate_run(count)
 
     def allocate(self, seq: int, num_tokens: int) -> list[int] | None:
         """Make room for the first `num_tokens` tokens of `seq`; returns the blocks appended to its table, perhaps none."""
@@ -141,6 +150,7 @@ class KVManager:
         The part block is copied at once and not at the first write, since both will write there in their next iteration anyway.
         None if there is no block for the copy.
         """
+        self._check_new(child)
         whole, rest = divmod(num_tokens, self.config.block_size)
         source = self._tables[parent]
         copied: list[int] = []
@@ -151,7 +161,7 @@ class KVManager:
             copied = taken
         self.pool.share(source[:whole])
         self._tables[child] = [*source[:whole], *copied]
-        return Fork(num_tokens, (source[whole], copied[0]) if rest else None)
+        return Fork((source[whole], copied[0]) if rest else None)
 
     def release(self, seq: int) -> None:
         """End a sequence's table; blocks held by nobody else become free."""
@@ -159,7 +169,11 @@ class KVManager:
 
     def ledger(self, computed: dict[int, int]) -> Ledger:
         """The slots of all tables; `computed` has each sequence's number of tokens with valid KV."""
-        return measure(((table, computed.get(seq, 0)) for seq, table in self._tables.items()), self.config.block_size)
+        size = self.config.block_size
+        if self.pool.num_used == sum(map(len, self._tables.values())):  # nothing is shared: no need to look at single blocks
+            used = sum(min(computed.get(seq, 0), len(table) * size) for seq, table in self._tables.items())
+            return Ledger(self.pool.num_used * size, used)
+        return measure(((table, computed.get(seq, 0)) for seq, table in self._tables.items()), size)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless tables and reference counts agree."""

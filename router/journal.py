@@ -17,6 +17,7 @@ from cluster.protocol import (
     EngineDown,
     EngineMessage,
     Place,
+    PlaceAgain,
     Placement,
     Refusal,
     Rejected,
@@ -56,8 +57,10 @@ class JournalConfig:
     """Of the router's mailbox."""
     scheduler: str
     """Address of the global scheduler."""
-    max_attempts: int = 6
-    """A request under which so many engines died may be what kills them."""
+    max_strikes: int = 6
+    """A request that was running each time when so many engines failed may be what makes them fail."""
+    missing_s: float = 15.0
+    """An engine that the scheduler has not named for so long is gone."""
 
 
 @dataclass
@@ -68,8 +71,11 @@ class _Entry:
     deadline: float
     attempt: int = 0
     placement: Placement | None = None
+    taken: bool = False
+    """Its reader knows that an engine took it."""
     begun: bool = False
     """Its reader has had news of tokens."""
+    strikes: int = 0
     emitted: list[list[int]] = field(default_factory=list)
     finished: list[bool] = field(default_factory=list)
 
@@ -96,8 +102,8 @@ class Journal:
         self.config = config
         self.status: ClusterStatus | None = None
         self._entries: dict[str, _Entry] = {}
-        self._over: dict[str, int] = {}
-        """By engine: the last epoch known to be over."""
+        self._missing: dict[str, float] = {}
+        """Engines that requests are bound to and the scheduler does not name: since when."""
         self._messages: list[Send] = []
         self._news: list[News] = []
 
@@ -164,15 +170,14 @@ class Journal:
                 for request, attempt in message.requests:
                     entry = self._entry(request, attempt)
                     if entry is not None and entry.bound_to(message.engine, message.epoch):
-                        self._again(entry, message.reason, now)
+                        self._again(entry, message.reason, now, strike=request in message.suspects)
             case EngineDown():
                 self._engine_down(message, now)
+            case PlaceAgain():
+                for entry in [e for e in self._entries.values() if e.placement is None]:
+                    self._place(entry, now)
             case ClusterStatus():
-                restarted = self.status is not None and self.status.scheduler != message.scheduler
-                self.status = message
-                if restarted:
-                    for entry in [e for e in self._entries.values() if e.placement is None]:
-                        self._place(entry, now)
+                self._cluster_status(message, now)
 
     def tick(self, now: float) -> None:
         """Look at the clock: end what nobody should wait for any longer. Call a few times a second."""
@@ -203,7 +208,7 @@ class Journal:
                 del self._entries[id]
         for entry in lost.values():
             self._call_off(entry, [c for c, finished in enumerate(entry.finished) if not finished])
-            self._again(entry, "a message of the engine was lost", now)
+            self._again(entry, "a message of the engine was lost", now, strike=False)
 
     def _bound(self, placement: Placement, now: float) -> None:
         entry = self._entry(placement.request, placement.attempt)
@@ -211,10 +216,8 @@ class Journal:
             self._to_scheduler(Withdraw(placement.request, placement.attempt))
             return
         entry.placement = placement
-        if placement.epoch <= self._over.get(placement.engine, -1):
-            self._again(entry, "the engine was gone before it was asked", now)
-            return
-        if entry.attempt == 0:
+        if not entry.taken:
+            entry.taken = True
             self._news.append(News(entry.id, []))
         request = Request(
             id=entry.id,
@@ -241,11 +244,20 @@ class Journal:
         self._fail(entry, errors[refusal.reason])
 
     def _engine_down(self, message: EngineDown, now: float) -> None:
-        self._over[message.engine] = max(message.epoch, self._over.get(message.engine, -1))
         for entry in list(self._entries.values()):
             placement = entry.placement
             if placement is not None and placement.engine == message.engine and placement.epoch <= message.epoch:
-                self._again(entry, "the engine died", now)
+                self._again(entry, "the engine died", now, strike=True)
+
+    def _cluster_status(self, status: ClusterStatus, now: float) -> None:
+        """An EngineDown may have been missed (the scheduler was down itself): the status says as much, a little later."""
+        self.status = status
+        epochs = {engine.engine: engine.epoch for engine in status.engines}
+        bound = dict.fromkeys((p.engine, p.epoch) for e in self._entries.values() if (p := e.placement) is not None)
+        self._missing = {engine: self._missing.get(engine, now) for engine, _ in bound if engine not in epochs}
+        for engine, epoch in bound:
+            if epochs.get(engine, epoch) > epoch or now - self._missing.get(engine, now) > self.config.missing_s:
+                self._engine_down(EngineDown(engine, epoch), now)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -268,12 +280,13 @@ class Journal:
         )
         self._to_scheduler(place)
 
-    def _again(self, entry: _Entry, reason: str, now: float) -> None:
-        """The next attempt, with everything delivered so far."""
+    def _again(self, entry: _Entry, reason: str, now: float, strike: bool) -> None:
+        """The next attempt, with everything delivered so far. `strike`: the request itself may be why the last one failed."""
         entry.placement = None
         entry.attempt += 1
-        if entry.attempt >= self.config.max_attempts:
-            self._fail(entry, Unavailable(f"given up after {entry.attempt} attempts; the last ended because {reason}"))
+        entry.strikes += strike
+        if entry.strikes >= self.config.max_strikes:
+            self._fail(entry, Unavailable(f"given up after {entry.attempt} attempts; the last ended: {reason}"))
         else:
             self._place(entry, now)
 

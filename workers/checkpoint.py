@@ -58,7 +58,7 @@ def _file_names(path: Path) -> list[str]:
     elif index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{index} is no index of shards: {error!r}") from None
     else:
         raise ConfigError(f"{path} has neither model.safetensors nor model.safetensors.index.json")

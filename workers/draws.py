@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.protocol import NewSequence, SamplingParams
-from workers.noise import sequence_key
+from workers.keys import sequence_key
 
 _COLDEST = 1e-5
 """Below it, temperature is taken for 0: the quotient's differences dwarf the noise anyway."""

@@ -13,12 +13,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.protocol import SamplingParams
+from workers.selection import largest
 
-_FIRST_LOOK = 128
-"""How many of the largest scores are sorted at first; more only for rows whose nucleus is larger."""
+_BUCKETS = 1024
+_BUCKETS_PER_UNIT = 64
+"""Buckets of scores in which a nucleus is looked for: 1/64 wide, the last one for all below -16."""
 
 
 def thresholds(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -29,47 +32,72 @@ def thresholds(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     limits = torch.tensor([np.log(p.min_p) if p.min_p > 0 else -np.inf for p in params], dtype=torch.float32)
     limits = limits.clamp_(max=0.0).to(scores.device)
     vocab = scores.shape[1]
-    rows = [i for i, p in enumerate(params) if 0 < p.top_k < vocab]
-    if rows:
-        limits[rows] = torch.maximum(limits[rows], _kth_largest(scores[rows], [params[i].top_k for i in rows]))
-    rows = [i for i, p in enumerate(params) if p.top_p < 1.0]
-    if rows:
-        by_k = [i for i in rows if 0 < params[i].top_k < vocab]
-        nucleus = scores[rows]
-        if by_k:
-            kept_by_k = _kth_largest(scores[rows], [params[i].top_k or vocab for i in rows])
-            nucleus = nucleus.masked_fill(nucleus < kept_by_k[:, None], -torch.inf)
-        shares = torch.tensor([params[i].top_p for i in rows], dtype=torch.float64, device=scores.device)
-        limits[rows] = torch.maximum(limits[rows], _nucleus_edge(nucleus, shares))
+    by_count = [i for i, p in enumerate(params) if 0 < p.top_k < vocab]
+    by_mass = [i for i, p in enumerate(params) if p.top_p < 1.0 and not 0 < p.top_k < vocab]
+    if by_count:
+        edges = _top_k_edge(_rows(scores, by_count), [params[i] for i in by_count])
+        limits[by_count] = torch.maximum(limits[by_count], edges)
+    if by_mass:
+        shares = np.array([params[i].top_p for i in by_mass])
+        edges = _nucleus_edge(_rows(scores, by_mass), shares)
+        limits[by_mass] = torch.maximum(limits[by_mass], edges)
     return limits[:, None]
 
 
-def _kth_largest(scores: Tensor, k: list[int]) -> Tensor:
-    """[rows]: the k-th largest score of each row (all of it where k is larger)."""
-    which = torch.tensor(k, device=scores.device).clamp_(1, scores.shape[1])
-    return largest(scores, int(which.max())).gather(1, which[:, None] - 1)[:, 0]
+def _top_k_edge(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """[rows]: the smallest score that top_k, and top_p over what that leaves, let stay."""
+    k = torch.tensor([p.top_k for p in params], device=scores.device)[:, None]
+    shares = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=scores.device)
+    top = largest(scores, int(k.max()))
+    last = top.gather(1, k - 1)
+    if bool((shares >= 1.0).all()):
+        return last[:, 0]
+    inside = torch.arange(top.shape[1], device=scores.device) < k
+    weights = torch.where(inside, top.exp(), 0.0).to(torch.float64)
+    ties = (scores == last).sum(-1) - (inside & (top == last)).sum(-1)  # equal to the k-th, but not among the k
+    total = weights.sum(-1) + ties * last[:, 0].exp()
+    return _edge(top, weights.cumsum(-1), shares * total).maximum(last[:, 0])
 
 
-def _nucleus_edge(scores: Tensor, shares: Tensor) -> Tensor:
-    """[rows]: the smallest score inside the nucleus. shares [rows] fp64 in (0, 1)."""
-    wanted = shares * scores.exp().sum(-1, dtype=torch.float64)
-    edge = torch.empty_like(scores[:, 0])
-    left, count = torch.arange(len(scores), device=scores.device), _FIRST_LOOK
-    while len(left):
-        count = min(count, scores.shape[1])
-        top = largest(scores[left], count)
-        above = top.exp().to(torch.float64).cumsum(-1)
-        inside = 1 + (above[:, :-1] < wanted[left, None]).sum(-1)
-        found = (above[:, -1] >= wanted[left]) | (count == scores.shape[1])
-        edge[left[found]] = top.gather(1, inside[:, None] - 1)[found, 0]
-        left, count = left[~found], count * 16
-    return edge
+def _nucleus_edge(scores: Tensor, shares: NDArray[np.float64]) -> Tensor:
+    """[rows]: the smallest score inside the nucleus that holds `shares` of each row."""
+    if scores.device.type == "cpu":
+        return torch.from_numpy(_nucleus_edge_by_buckets(scores.numpy(), scores.exp().numpy(), shares))
+    top = scores.sort(-1, descending=True).values
+    mass = top.exp().to(torch.float64).cumsum(-1)
+    return _edge(top, mass, torch.from_numpy(shares).to(scores.device) * mass[:, -1])
 
 
-def largest(scores: Tensor, count: int) -> Tensor:
-    """[rows, count]: the largest scores of each row, in descending order."""
-    if scores.device.type != "cpu" or count >= scores.shape[1]:
-        return scores.topk(count, dim=-1).values
-    # Partitioning is some five times faster than torch's topk on a CPU (0.05 ms a row of 32k against 0.34).
-    tail = np.partition(scores.numpy(), scores.shape[1] - count, axis=-1)[:, -count:]
-    return torch.from_numpy(np.sort(tail, axis=-1)[:, ::-1].copy())
+def _edge(top: Tensor, mass: Tensor, wanted: Tensor) -> Tensor:
+    """[rows]: of scores in descending order, the last before which less than `wanted` has summed up.
+
+    top [rows, n]; mass [rows, n] fp64, the cumulative weights of top; wanted [rows] fp64.
+    """
+    inside = (mass[:, :-1] < wanted[:, None]).sum(-1, keepdim=True)
+    return top.gather(1, inside)[:, 0]
+
+
+def _nucleus_edge_by_buckets(
+    scores: NDArray[np.float32], weights: NDArray[np.float32], shares: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """The same without sorting whole rows, which takes a CPU 0.9 ms each for 32,000 scores.
+
+    Scores are put in buckets by size; the bucket in which the edge lies is found from the buckets' weights and sorted alone. Row by
+    row: what is written for one then stays in the cache.
+    """
+    edges = np.empty(len(scores), dtype=np.float32)
+    for number, (row, row_weights, share) in enumerate(zip(scores, weights, shares.tolist(), strict=True)):
+        with np.errstate(invalid="ignore"):  # what isn't a number becomes the smallest integer, and then 0
+            buckets = np.minimum(row * np.float32(-_BUCKETS_PER_UNIT), np.float32(_BUCKETS - 1)).astype(np.int64).clip(0)
+        mass = np.bincount(buckets, row_weights, _BUCKETS).cumsum()
+        wanted = share * mass[-1]
+        bucket = int((mass >= wanted).argmax())
+        members = np.sort(row[buckets == bucket])[::-1]
+        above = mass[bucket - 1] if bucket else 0.0
+        summed = above + np.exp(members).cumsum(dtype=np.float64)
+        edges[number] = members[int((summed[:-1] < wanted).sum())]
+    return edges
+
+
+def _rows(scores: Tensor, rows: list[int]) -> Tensor:
+    return scores if len(rows) == len(scores) else scores[rows]

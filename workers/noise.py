@@ -3,42 +3,27 @@
 Adding Gumbel noise to logits and taking the arg-max draws from their softmax (Gumbel 1954; Maddison et al. 2014). As the noise
 has no state, any process can redraw any token: after a preemption, on another engine, or to verify a draft's proposal.
 
-(seed, choice, position) are hashed to a 64-bit key by splitmix64 (Steele et al. 2014). Per token, two rounds of
-xor-shift-multiply in 32 bits (the shape of MurmurHash3's finalizer, Wellons' constants) mix the token's own hash with one half
-of the key each. All of it is integer arithmetic modulo 2**32, so it has the same bits on every device. The logarithms that
-follow are those of the device; on one device they depend on the element only, never on its place in the tensor.
+(seed, choice, position) are hashed to a 64-bit key (workers/keys.py). A round of xor-shift-multiply in 32 bits (the shape of
+MurmurHash3's finalizer, Wellons' constants) then mixes each token's own hash, made alike, with the halves of that key: one before
+the first multiplication, one after. All of it is integer arithmetic modulo 2**32, so it has the same bits on every device. The
+logarithms that follow are those of the device; on one device they depend on the element only, never on its place in the tensor.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
+from workers.selection import argmax
+
 _FIRST = 0x7FEB352D
 _SECOND = 0x846CA68B - (1 << 32)
 _LARGEST_BELOW_ONE = 1 - 2.0**-24
+_BOUND_SLACK = 1e-3
+"""More than what rounding can take from a bound and from the sum of it and a score."""
 _CHUNK = 1 << 19
 """Elements worked on at a time: their few passes should find them in the cache."""
-
-
-def sequence_key(seed: int, choice: int) -> int:
-    """64-bit key of a sequence, hashed once in its life."""
-    return _splitmix((_splitmix(seed & _MASK) + choice * _GOLDEN) & _MASK)
-
-
-def position_keys(sequence_keys: Sequence[int], positions: Sequence[int]) -> NDArray[np.int32]:
-    """[n, 2] int32: the two halves of the key of each (sequence, position)."""
-    x = np.array(sequence_keys, dtype=np.uint64) + np.array(positions, dtype=np.uint64) * np.uint64(_GOLDEN)
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return np.stack((x & np.uint64(0xFFFFFFFF), x >> np.uint64(32)), axis=1).astype(np.uint32).view(np.int32)
 
 
 class GumbelNoise:
@@ -49,22 +34,32 @@ class GumbelNoise:
         self._hashes = _finish(_shift_xor_(ids.mul_(_FIRST).add_(_SECOND), 16).mul_(_FIRST))
         """[vocab] int32: each token's own hash."""
 
-    def add_to(self, scores: Tensor, keys: Tensor) -> None:
-        """scores [rows, vocab] fp32 += the noise of keys [rows, 2] int32, in place."""
-        rows = max(1, _CHUNK // scores.shape[1])
-        for some_scores, some_keys in zip(torch.split(scores, rows), torch.split(keys, rows), strict=True):
-            some_scores += _gumbel(_hash(self._hashes ^ some_keys[:, :1], some_keys[:, 1:]))
+    def contenders(self, scores: Tensor, keys: Tensor) -> Tensor:
+        """[rows, vocab] bool: tokens that can be the arg-max of scores [rows, vocab] fp32 plus the noise of keys; few of each row.
+
+        Spares the logarithms of all others: the noise has a bound that takes none, and a token whose score plus bound is below
+        the score plus noise of some other cannot win. For 64 rows of 32,000 on one thread of a 2-core Zen 3 (AVX2) this takes
+        12 ms, and 17 to compute all the noise.
+        """
+        return torch.cat([self._contenders(*piece) for piece in self._pieces(scores, keys)])
 
     def at(self, keys: Tensor, ids: Tensor) -> Tensor:
         """[n] fp32: the noise of single tokens, ids [n] int64, each under its own key of keys [n, 2] int32."""
         return _gumbel(_hash(self._hashes[ids] ^ keys[:, 0], keys[:, 1]))
 
+    def _contenders(self, scores: Tensor, keys: Tensor) -> Tensor:
+        bounds = _bound(self._hash_all(keys)).add_(scores)
+        rival = argmax(bounds)
+        reached = scores.gather(1, rival[:, None])[:, 0] + self.at(keys, rival)
+        return bounds >= reached[:, None]
 
-def _splitmix(x: int) -> int:
-    x = (x + _GOLDEN) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
+    def _hash_all(self, keys: Tensor) -> Tensor:
+        return _hash(self._hashes ^ keys[:, :1], keys[:, 1:])
+
+    @staticmethod
+    def _pieces(scores: Tensor, keys: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        rows = max(1, _CHUNK // scores.shape[1])
+        return zip(torch.split(scores, rows), torch.split(keys, rows), strict=True)
 
 
 def _hash(x: Tensor, key: Tensor) -> Tensor:
@@ -87,5 +82,19 @@ def _gumbel(hashes: Tensor) -> Tensor:
     -log(-log(1 - u)) with u from 31 bits. Small u are the large values, which decide: they keep the full resolution of 2**-32
     there, up to a Gumbel value of 22.2; with u as the argument of the inner logarithm they would meet fp32's 2**-24.
     """
-    u = hashes.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=_LARGEST_BELOW_ONE)
+    u = _uniform(hashes).clamp_(max=_LARGEST_BELOW_ONE)
     return u.neg_().log1p_().neg_().log_().neg_()
+
+
+def _uniform(hashes: Tensor) -> Tensor:
+    return hashes.bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
+
+
+def _bound(hashes: Tensor) -> Tensor:
+    """int32 -> at least `_gumbel` of it, by some 0.06 where that is large.
+
+    -log(1 - u) >= u, so the noise is at most -log(u); and the bits of a float, read as an integer, are its exponent and mantissa,
+    of which exponent + mantissa - 1 is at most the logarithm to base 2.
+    """
+    bits = _uniform(hashes).view(torch.int32).float()
+    return bits.mul_(-math.log(2) / 2**23).add_(127 * math.log(2) + _BOUND_SLACK)

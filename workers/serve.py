@@ -5,7 +5,7 @@ import time
 from typing import Protocol
 
 from cluster.channel import Mailbox
-from cluster.protocol import Ping, Pong, StepPlan, StepResult, Stop, WorkerMessage
+from cluster.protocol import Ping, Pong, StepPlan, StepResult, WorkerMessage
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ class Runner(Protocol):
 
 
 def serve_plans(runner: Runner, mailbox: Mailbox[WorkerMessage], engine: str, epoch: int, rank: int, silence_s: float) -> str:
-    """Execute plans of `epoch` until told to stop, or until the engine has been silent for `silence_s`. Returns why it ended.
+    """Execute plans of `epoch` until the engine has been silent for `silence_s`; returns why it ended.
 
     An exception of the runner is reported to the engine, which ends the epoch.
     """
@@ -37,9 +37,7 @@ def serve_plans(runner: Runner, mailbox: Mailbox[WorkerMessage], engine: str, ep
             case StepPlan():
                 mailbox.send(engine, _execute(runner, message))
             case Ping():
-                mailbox.send(engine, Pong(epoch, message.number, rank))
-            case Stop():
-                return "told to"
+                mailbox.send(engine, Pong(epoch, rank))
 
 
 def _execute(runner: Runner, plan: StepPlan) -> StepResult:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster import engine as engines
 from cluster.config import BatchConfig
-from cluster.protocol import Ping, Pong, RouterHello, SamplingParams, StepPlan, Stop, WorkerReady
+from cluster.protocol import Ping, Pong, RouterHello, SamplingParams, StepPlan, WorkerReady
 from cluster.scheduler import GlobalScheduler, SchedulerConfig
 from router.generation import Generation
 from router.journal import Journal, JournalConfig
@@ -55,6 +55,8 @@ class Simulation:
     """Call run(); then look at clients and check_empty()."""
 
     def __init__(self, seed: int, clients: list[Client], batch: BatchConfig, num_engines: int = 1, num_routers: int = 1) -> None:
+        self.story = f"seed={seed}, clients={clients}, batch={batch}, num_engines={num_engines}, num_routers={num_routers}"
+        self.faults: list[tuple[str, float, str]] = []
         self.random = random.Random(seed)
         self.now = 0.0
         self.batch = batch
@@ -65,7 +67,7 @@ class Simulation:
         self.processes: dict[str, Process] = {}
         self.frozen: set[str] = set()
         self.epochs = itertools.count(1000, 1000)
-        self._start_scheduler(0)
+        self._start_scheduler()
         self.routers = {f"router{i}": self._start_router(f"router{i}") for i in range(num_routers)}
         self.engines: dict[str, engines.Engine] = {}
         self.stages: dict[str, list[FakeStage]] = {}
@@ -75,17 +77,29 @@ class Simulation:
             self._client(id, client)
         self.at(0.0, self._tick)
 
+    def __repr__(self) -> str:
+        return f"Simulation({self.story}), faults={self.faults}"
+
+    def fault(self, kind: str, time: float, name: str) -> None:
+        """Let something happen to the process `name` (the scheduler, where `kind` says so), if it lives then."""
+        self.faults.append((kind, time, name))
+        event = getattr(self, kind)
+        if kind == "restart_scheduler":
+            self.at(time, event)
+        else:
+            self.at(time, lambda: event(name) if self.processes[name].alive else None)
+
     # --- processes --------------------------------------------------------------------------------------------------
 
-    def _start_scheduler(self, number: int) -> None:
+    def _start_scheduler(self) -> None:
         process = self.processes.setdefault("scheduler", Process("scheduler"))
         process.alive = True
         config = SchedulerConfig(binding_timeout_s=3.0, silence_s=4.0)
-        self.scheduler = GlobalScheduler(config, f"scheduler{number}", self.now)
+        self.scheduler = GlobalScheduler(config, self.now)
 
     def _start_router(self, name: str) -> Journal:
         self.processes[name] = Process(name)
-        return Journal(JournalConfig(name, "scheduler", max_attempts=100))
+        return Journal(JournalConfig(name, "scheduler", max_strikes=100))
 
     def _start_engine(self, name: str) -> None:
         process = self.processes.setdefault(name, Process(name))
@@ -123,7 +137,8 @@ class Simulation:
         process.life += 1
         self._worker_lives(name)
         if self.random.random() < 0.5:  # else the scheduler has to notice by the silence
-            self.at(self.now + self.random.random(), lambda: self.scheduler.engine_died(name, self.now))
+            epoch = self.engines[name].epoch
+            self.at(self.now + self.random.random(), lambda: self.scheduler.engine_died(name, epoch, self.now))
         self.at(self.now + 1 + 5 * self.random.random(), lambda: self._start_engine(name))
 
     def restart_scheduler(self) -> None:
@@ -131,7 +146,7 @@ class Simulation:
         process = self.processes["scheduler"]
         process.alive = False
         process.life += 1
-        self.at(self.now + self.random.random(), lambda: self._start_scheduler(process.life))
+        self.at(self.now + self.random.random(), self._start_scheduler)
 
     def cut_off(self, name: str) -> None:
         """The scheduler hears nothing of an engine for a while, though it lives and goes on talking to routers."""
@@ -237,16 +252,20 @@ class Simulation:
                 else:
                     self._forward(address, f"{name}/{rank + 1}", message, out)
             case Ping():
-                self._send(address, name, Pong(message.epoch, message.number, rank))
-            case Stop():
-                pass
+                self._send(address, name, Pong(message.epoch, rank))
 
     def _forward(self, source: str, target: str, plan: StepPlan, hidden: list[int]) -> None:
         receiver = self.processes[target]
         arrival = max(self.now + self.random.expovariate(1 / 0.01), self._arrival.get((source, target), 0.0))
         self._arrival[source, target] = arrival
         life = receiver.life
-        self.at(arrival, lambda: (self._worker(target, plan, hidden), self.flush()) if receiver.life == life else None)  # type: ignore[func-returns-value]
+
+        def deliver() -> None:
+            if receiver.life == life:
+                self._worker(target, plan, hidden)
+                self.flush()
+
+        self.at(arrival, deliver)
 
     # --- clients ----------------------------------------------------------------------------------------------------
 

@@ -3,12 +3,13 @@
 import random
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import BatchConfig, Batching, Reservation
 from cluster.protocol import SamplingParams, StepResult
 from tests.cluster.simulation import Client, Simulation
+from tests.conftest import examples
 
 FAULTS = ("kill_workers", "freeze_workers", "kill_engine", "restart_scheduler", "cut_off")
 
@@ -47,12 +48,7 @@ def simulations(draw: st.DrawFn, pp: int, reservation: Reservation = "paged", ba
     seed = draw(st.integers(0, 2**32))
     simulation = Simulation(seed, asked, batch, num_engines=draw(st.integers(1, 2)), num_routers=draw(st.integers(1, 2)))
     for kind, time, victim in draw(st.lists(st.tuples(st.sampled_from(FAULTS), st.floats(0.5, 8), st.integers(0, 1)), max_size=4)):
-        fault = getattr(simulation, kind)
-        name = f"engine{victim % len(simulation.engines)}"
-        if kind == "restart_scheduler":
-            simulation.at(time, fault)
-        else:
-            simulation.at(time, lambda fault=fault, name=name: fault(name) if simulation.processes[name].alive else None)  # type: ignore[misc]
+        simulation.fault(kind, time, f"engine{victim % len(simulation.engines)}")
     return simulation
 
 
@@ -64,19 +60,9 @@ def check(simulation: Simulation) -> None:
     simulation.check_empty()
 
 
-# Shrinking a hang costs minutes and helps little: the failing example is printed as it was drawn.
-COMMON = settings(
-    phases=[Phase.explicit, Phase.generate],
-    max_examples=200,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    derandomize=True,
-)
-
-
 @pytest.mark.parametrize("pp", [1, 4])
 def test_every_client_gets_its_tokens_whatever_dies(pp: int) -> None:
-    @COMMON
+    @examples(200)
     @given(simulations(pp))
     def run(simulation: Simulation) -> None:
         check(simulation)
@@ -87,7 +73,7 @@ def test_every_client_gets_its_tokens_whatever_dies(pp: int) -> None:
 @pytest.mark.parametrize("reservation", ["max_tokens", "contiguous"])
 @pytest.mark.parametrize("pp", [1, 4])
 def test_baseline_reservations_keep_the_same_promise(pp: int, reservation: Reservation) -> None:
-    @settings(COMMON, max_examples=50)
+    @examples(50)
     @given(simulations(pp, reservation=reservation))
     def run(simulation: Simulation) -> None:
         check(simulation)
@@ -98,7 +84,7 @@ def test_baseline_reservations_keep_the_same_promise(pp: int, reservation: Reser
 @pytest.mark.parametrize("batching", ["static", "static-skip"])
 @pytest.mark.parametrize("pp", [1, 4])
 def test_static_batching_keeps_the_same_promise(pp: int, batching: Batching) -> None:
-    @settings(COMMON, max_examples=50)
+    @examples(50)
     @given(simulations(pp, batching=batching))
     def run(simulation: Simulation) -> None:
         check(simulation)

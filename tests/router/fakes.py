@@ -58,7 +58,7 @@ def status_of(*ready: bool, reason: str = "") -> ClusterStatus:
         EngineStatus(engine=f"engine-{i}", epoch=0, ready=is_ready, max_sequence_tokens=256, stats=EngineStats(), reason=reason)
         for i, is_ready in enumerate(ready)
     ]
-    return ClusterStatus(scheduler="scheduler", engines=engines, queued=0, metrics=[])
+    return ClusterStatus(engines=engines, queued=0, metrics=[])
 
 
 def one_by_one(tokens: Sequence[int], finish: str | None = "length", choices: int = 1) -> list[list[ChoiceDelta]]:

@@ -35,7 +35,7 @@ def cluster(metrics: list[MetricSample]) -> ClusterStatus:
         EngineStatus(engine="a", epoch=2, ready=True, max_sequence_tokens=256, stats=busy),
         EngineStatus(engine="b", epoch=0, ready=False, max_sequence_tokens=256, stats=EngineStats()),
     ]
-    return ClusterStatus(scheduler="s", engines=engines, queued=7, metrics=metrics)
+    return ClusterStatus(engines=engines, queued=7, metrics=metrics)
 
 
 def test_gauges() -> None:

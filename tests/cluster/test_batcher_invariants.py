@@ -1,0 +1,132 @@
+"""What holds of every plan and every token, whatever is added and cancelled when: a Batcher on fake stages and nothing else."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.batcher import Batcher
+from cluster.config import BatchConfig
+from cluster.protocol import Request, StepPlan, StepResult
+from kv.manager import KVManager
+from tests.cluster.messages import request
+from tests.conftest import examples
+from workers.fake import FakeStage, fake_output
+
+
+@dataclass
+class Rig:
+    """A Batcher with its pipeline; results wait until they are taken."""
+
+    batcher: Batcher
+    stages: list[FakeStage]
+    results: deque[StepResult] = field(default_factory=deque)
+    asked: dict[str, Request] = field(default_factory=dict)
+    given: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+
+    def launch(self, now: float) -> bool:
+        b = self.batcher
+        if len(b.in_flight) == b.config.pp:
+            return False
+        plan = checked_schedule(b, now)
+        if plan is None:
+            return False
+        hidden: list[int] = []
+        for stage in self.stages:
+            hidden, answer = stage.execute(plan, hidden)
+            if answer is not None:
+                self.results.append(answer)
+        check_ownership(b)
+        return True
+
+    def take(self) -> None:
+        for delta in self.batcher.update(self.results.popleft()):
+            tokens = self.given.setdefault((delta.request, delta.choice), [])
+            assert delta.index == len(tokens)
+            tokens += delta.tokens
+            wanted = fake_output(self.asked[delta.request].prompt, self.asked[delta.request].params, delta.choice, len(self.stages))
+            assert tokens == wanted[: len(tokens)]
+            assert (delta.finish is not None) == (len(tokens) == len(wanted))
+        check_ownership(self.batcher)
+
+
+@st.composite
+def rigs(draw: st.DrawFn) -> Rig:
+    config = BatchConfig(
+        num_blocks=draw(st.integers(3, 20)),
+        max_model_len=40,
+        block_size=draw(st.sampled_from([1, 4])),
+        max_num_seqs=draw(st.integers(1, 6)),
+        max_num_batched_tokens=draw(st.integers(6, 20)),
+        pp=draw(st.sampled_from([1, 2, 4])),
+        batching=draw(st.sampled_from([*["continuous"] * 4, "static", "static-skip"])),
+        reservation=draw(st.sampled_from([*["paged"] * 4, "max_tokens", "contiguous"])),
+    )
+    stages = [FakeStage(i, config.pp, config.num_blocks, config.block_size) for i in range(config.pp)]
+    return Rig(Batcher(config, KVManager(config)), stages)
+
+
+@examples(200)
+@given(st.data(), rigs())
+def test_invariants_of_every_plan(data: st.DataObject, rig: Rig) -> None:
+    b = rig.batcher
+    longest = b.config.max_sequence_tokens
+    for now in range(data.draw(st.integers(1, 80))):
+        action = data.draw(st.sampled_from(["add", "cancel", "launch", "launch", "take", "take"]))
+        if action == "add" and longest > 1:
+            prompt = data.draw(st.integers(1, longest - 1))
+            asked = request(f"r{now}", prompt, data.draw(st.integers(1, longest - prompt)), n=data.draw(st.sampled_from([1, 1, 3])))
+            asked.prompt[:] = range(now, now + prompt)
+            rig.asked[asked.id] = asked
+            assert b.why_impossible(asked) is None
+            b.add(asked, float(now))
+        elif action == "cancel" and rig.asked:
+            b.cancel(data.draw(st.sampled_from(list(rig.asked))), data.draw(st.sampled_from([None, [0], [1, 2]])))
+        elif action == "launch":
+            rig.launch(float(now))
+        elif action == "take" and rig.results:
+            rig.take()
+    for _ in range(5000):
+        while rig.launch(100.0):
+            pass
+        if not rig.results:
+            break
+        rig.take()
+    b.schedule(100.0)
+    assert (b.kv.pool.num_used, b.num_sequences, b.running, len(b.line)) == (0, 0, [], 0)
+
+
+def checked_schedule(b: Batcher, now: float) -> StepPlan | None:
+    drawing = {c.seq for launched in b.in_flight for c in launched.plan.chunks if c.sample}
+    line = {s.seq for s in b.line.waiting}
+    before = {s.seq for s in b.running}
+    most = -(-len(b.running) // b.config.pp)
+    plan = b.schedule(now)
+    if plan is None:
+        return None
+    seqs = [c.seq for c in plan.chunks]
+    assert len(seqs) == len(set(seqs)), "two chunks of one sequence"
+    assert not drawing & set(seqs), "its next token is still being drawn"
+    assert sum(c.num_tokens for c in plan.chunks) <= b.config.max_num_batched_tokens
+    assert len(b.running) <= b.config.max_num_seqs
+    decodes = [c for c in plan.chunks if c.seq in before and c.num_tokens == 1 and c.sample]
+    prefill_of_one = 1  # the last token of a prompt that the budget cut
+    assert len(decodes) <= most + prefill_of_one, "more than its share of decodes"
+    admitted = {a.seq for a in plan.admitted}
+    last = max((s.order for s in b.running if s.seq in admitted), default=(-1.0, -1))
+    assert all(s.order > last for s in b.line.waiting if s.seq in line), "somebody was overtaken"
+    return plan
+
+
+def check_ownership(b: Batcher) -> None:
+    """No block of a launched plan is given away, and nobody writes into a block that another table holds."""
+    b.check_integrity()
+    size = b.config.block_size
+    for launched in b.in_flight:
+        written: set[int] = set()
+        for chunk, sequence in zip(launched.plan.chunks, launched.sequences, strict=True):
+            assert b.kv.holds(sequence.seq), "a sequence in a launched plan lost its blocks"
+            blocks = b.kv.table(sequence.seq)[chunk.start // size : -(-(chunk.start + chunk.num_tokens) // size)]
+            assert not written & set(blocks), "two sequences write into one block in one iteration"
+            written |= set(blocks)
