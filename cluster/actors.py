@@ -1,12 +1,14 @@
 """The Ray actors of the control plane: thin shells that carry messages to the state machines and their actions out.
 
 Each runs one thread that owns the state machine and the mailbox. Actors are named under the application and detached: they outlive
-the process that made them, and end with the application's lease (see GlobalScheduler.lease_over) or when `launch.stop` kills them.
+the process that made them, and end with the application's lease (see GlobalScheduler.lease_over), or at once by end_actors().
 """
 
 import logging
+import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -33,16 +35,11 @@ class SchedulerActor:
         settings = SchedulerConfig(max_queue=config.max_queue, placement=config.placement)
         self._scheduler = GlobalScheduler(settings, time.monotonic())
         self._lease = lease
-        self._engines: set[str] = set()
-        threading.Thread(target=self._run, name="scheduler", daemon=True).start()
+        _start(self._run, "scheduler")
 
     def address(self) -> str:
         """Of its mailbox."""
         return self._mailbox.address
-
-    def watch(self, engine: str) -> None:
-        """Engines to end with the lease."""
-        self._engines.add(engine)
 
     def _run(self) -> None:
         next_tick = 0.0
@@ -62,8 +59,7 @@ class SchedulerActor:
 
     def _end(self) -> None:
         log.info("no router is left: the application's engines and this scheduler end")
-        for engine in self._engines:
-            _kill_named(engine, self._lease)
+        end_actors(self._lease, but="scheduler")
         ray.kill(ray.get_runtime_context().current_actor)
 
 
@@ -87,7 +83,7 @@ class EngineActor:
             load_timeout_s=config.load_timeout_s,
         )
         self._engine = Engine(settings, time.time_ns() // 1_000_000, time.monotonic())
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        _start(self._run, name)
 
     def address(self) -> str:
         """Of its mailbox."""
@@ -149,8 +145,25 @@ class EngineActor:
             self._engine.workers_died(epoch, f"a worker ended: {reason}", now)
 
 
-def _kill_named(name: str, lease: str) -> None:
-    try:
-        ray.kill(ray.get_actor(name, namespace=lease))
-    except ValueError:
-        log.info("%s is gone already", name)
+def _start(run: Callable[[], None], name: str) -> None:
+    """Run the actor's loop in a thread. An exception that leaves it ends the process, so that Ray starts the actor anew: a state
+    machine that failed half-way is not to be trusted, and an actor without its loop would look alive for ever."""
+
+    def guarded() -> None:
+        try:
+            run()
+        except BaseException:
+            log.critical("the loop failed; the process ends", exc_info=True)
+            os._exit(1)
+
+    threading.Thread(target=guarded, name=name, daemon=True).start()
+
+
+def end_actors(lease: str, but: str = "") -> None:
+    """Kill the actors named under `lease`, except the one called `but`. Engines' workers die with them."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == lease and actor["name"] != but:
+            try:
+                ray.kill(ray.get_actor(actor["name"], namespace=lease))
+            except ValueError:
+                log.info("%s was gone already", actor["name"])

@@ -40,6 +40,8 @@ from cluster.protocol import (
 )
 from kv.manager import KVManager
 
+LOAD_FAILED = "could not load"
+"""In an engine's reason: not a death, but something that a person has to mend."""
 _SETTLED_RESULTS = 100
 """After so many good steps an epoch counts as healthy, and the next failure as the first."""
 _STALLED_S = 3.0
@@ -178,7 +180,7 @@ class Engine:
             case WorkerReady():
                 self._worker_ready(message, now)
             case WorkerFailed() if message.epoch == self.epoch:
-                self._end_epoch(f"worker {message.rank} could not load: {message.reason}", now)
+                self._end_epoch(f"worker {message.rank} {LOAD_FAILED}: {message.reason}", now)
             case Pong() if message.epoch == self.epoch:
                 self._epoch.heard_at, self._epoch.pinged_at = now, None
             case _:

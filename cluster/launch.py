@@ -1,5 +1,6 @@
 """Starting and ending a served model on Ray: the detached scheduler and engines, and the router in front of them."""
 
+import json
 import logging
 import os
 import socket
@@ -14,14 +15,13 @@ import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from cluster.actors import EngineActor, SchedulerActor
+from cluster.actors import EngineActor, SchedulerActor, end_actors
 from cluster.config import Config, ConfigError
+from cluster.engine import LOAD_FAILED
 
 APPLICATION = "rayline"
 NAMESPACE = "rayline"
 _ACTOR_TIMEOUT_S = 60.0
-
-log = logging.getLogger(__name__)
 
 
 def ensure_cluster(config: Config) -> str:
@@ -38,18 +38,7 @@ def ensure_cluster(config: Config) -> str:
     for number in range(config.engines):
         name = f"engine-{number}"
         ray.remote(EngineActor).options(name=name, max_restarts=-1, **always).remote(config, name, address)
-        ray.get(scheduler.watch.remote(name), timeout=_ACTOR_TIMEOUT_S)
     return address
-
-
-def end_cluster() -> None:
-    """Kill the application's detached actors. Their workers die with them."""
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"] == NAMESPACE:
-            try:
-                ray.kill(ray.get_actor(actor["name"], namespace=NAMESPACE))
-            except ValueError:
-                log.info("%s was gone already", actor["name"])
 
 
 @contextmanager
@@ -65,10 +54,7 @@ def served(config: Config) -> Iterator[str]:
         address="local" if ours else None,
         namespace=NAMESPACE,
         include_dashboard=False if ours else None,
-        log_to_driver=True,
         logging_level=logging.WARNING,
-        configure_logging=True,
-        _metrics_export_port=None,
     )
     try:
         from router.app import application
@@ -86,13 +72,16 @@ def served(config: Config) -> Iterator[str]:
                 serve.shutdown()
             else:
                 serve.delete(APPLICATION)
-            end_cluster()
+            end_actors(NAMESPACE)
         finally:
             ray.shutdown()
 
 
 def wait_until_healthy(url: str, timeout_s: float, stop: threading.Event) -> None:
-    """Return when /health answers 200, or `stop` is set. Raises ConfigError with the last answer after `timeout_s`."""
+    """Return when /health answers 200, or `stop` is set.
+
+    Raises ConfigError with the reason when the workers could not load, which they would fail at again, and after `timeout_s`.
+    """
     end = time.monotonic() + timeout_s
     last = "no answer"
     while time.monotonic() < end and not stop.is_set():
@@ -100,7 +89,9 @@ def wait_until_healthy(url: str, timeout_s: float, stop: threading.Event) -> Non
             with urllib.request.urlopen(f"{url}/health", timeout=5):
                 return
         except urllib.error.HTTPError as error:
-            last = error.read().decode(errors="replace")
+            last = str(json.loads(error.read()).get("reason"))
+            if LOAD_FAILED in last:
+                raise ConfigError(last) from None
         except OSError as error:
             last = str(error)
         stop.wait(0.1)

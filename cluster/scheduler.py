@@ -51,7 +51,9 @@ class SchedulerConfig:
     silence_s: float = 10.0
     """An engine or router not heard of for so long is taken for dead."""
     lease_s: float = 60.0
-    """The application is over when no router was heard of for so long."""
+    """The application is over when no router was heard of for so long ..."""
+    first_router_s: float = 600.0
+    """... or when none has ever come, for so long."""
     heartbeat_s: float = 1.0
     retry_after_s: float = 1.0
 
@@ -138,7 +140,7 @@ class GlobalScheduler:
         self._messages: list[Send] = []
         self._next_heartbeat = now
         self._ticked_at = now
-        self._router_heard_at: float | None = None
+        self._lease_until = now + config.first_router_s
         self._turn = 0
 
     def take_messages(self) -> list[Send]:
@@ -147,8 +149,8 @@ class GlobalScheduler:
         return messages
 
     def lease_over(self, now: float) -> bool:
-        """Routers are the application's sign of life: whether there were some, and all have been silent for the lease's time."""
-        return self._router_heard_at is not None and now - self._router_heard_at > self.config.lease_s
+        """Routers are the application's sign of life: whether all have been silent for the lease's time."""
+        return now > self._lease_until
 
     @property
     def queued(self) -> int:
@@ -204,8 +206,7 @@ class GlobalScheduler:
             view.heard_at += gap
         for router in self._routers:
             self._routers[router] += gap
-        if self._router_heard_at is not None:
-            self._router_heard_at += gap
+        self._lease_until += gap
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -306,7 +307,8 @@ class GlobalScheduler:
             self._greeted.add(hello.router)
             self._send(hello.router, PlaceAgain())
             self._send(hello.router, self.status())
-        self._routers[hello.router] = self._router_heard_at = now
+        self._routers[hello.router] = now
+        self._lease_until = now + self.config.lease_s
         self._totals.put(hello.router, hello.metrics)
 
     def _router_died(self, router: str) -> None:
