@@ -1,0 +1,100 @@
+"""The command line: one clear line and exit code 2 for whatever the user can mend, before anything is started."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import DEMO_MODEL, resolve
+from cluster.config import ConfigError
+
+
+def rayline(*words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-m", "cluster.cli", *words], capture_output=True, text=True, timeout=120, check=False)
+
+
+def refused(*words: str) -> str:
+    """The one line that says why."""
+    done = rayline(*words)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout in ("", "starting m ...\n")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("rayline: ")
+    return line
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the demo to break."""
+    return Path(shutil.copytree(DEMO_MODEL, tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--no-such-option"], "--no-such-option"),
+        (["--tp", "2"], "tp is 2"),
+        (["--pp", "2"], "pp is 2"),
+        (["--engines", "2"], "engines is 2"),
+        (["--dtype", "int3"], "int3"),
+        (["--kv-memory", "much"], "much"),
+        (["--max-num-seqs", "0"], "max_num_seqs is 0"),
+        (["--config", "/no/such.yaml"], "/no/such.yaml"),
+        (["/no/such/model"], "/no/such/model"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(words: list[str], why: str) -> None:
+    assert why in refused("serve", *words)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_model_with_a_missing_file_is_refused(model: Path, name: str) -> None:
+    (model / name).unlink()
+    assert name.split(".")[-1] in refused("serve", str(model))
+
+
+def test_a_model_of_an_unknown_architecture_is_refused(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
+    assert "MambaForCausalLM" in refused("serve", str(model))
+
+
+def test_heads_that_do_not_divide_are_refused(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 3}))
+    assert "3 key/value heads" in refused("serve", str(model))
+
+
+def test_a_truncated_checkpoint_is_refused(model: Path) -> None:
+    os.truncate(model / "model.safetensors", 1000)
+    assert "model.safetensors" in refused("generate", str(model), "--prompt", "x")
+
+
+def test_generate_writes_prompt_and_continuation() -> None:
+    done = rayline("generate", "--prompt", "def main(", "--max-tokens", "8", "--threads", "1", "--kv-memory", "8MiB")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def main(")
+    assert len(done.stdout) > len("def main(\n")
+
+
+def test_file_and_command_line_use_the_same_names(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("model: here\nmax_num_seqs: 7\nkv_memory: 1GiB\n")
+    config = resolve(None, str(file), {"max_num_seqs": 9, "port": None})
+    assert (config.model, config.max_num_seqs, config.kv_memory, config.port) == ("here", 9, 1 << 30, 8000)
+    file.write_text("modle: here\n")
+    with pytest.raises(ConfigError, match="unknown setting 'modle'"):
+        resolve(None, str(file), {})
+    file.write_text("- a\n")
+    with pytest.raises(ConfigError, match="name: value"):
+        resolve(None, str(file), {})
+
+
+def test_without_a_model_it_is_the_demo() -> None:
+    config = resolve(None, None, {})
+    assert (config.model, config.model_name) == (str(DEMO_MODEL), "demo")
+    assert resolve("other/", None, {}).model_name == "other"
