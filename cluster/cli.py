@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import inspect
-import signal
 import sys
 import threading
 import time
@@ -109,9 +108,7 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
     click.echo(f"starting {config.model_name} ...")
     from cluster.launch import served, wait_until_healthy
 
-    with served(config) as url:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+    with served(config, stop) as url:
         wait_until_healthy(url, config.load_timeout_s, stop)
         if not stop.is_set():
             click.echo(f"serving {config.model_name} at {url}/v1 after {time.monotonic() - began:.1f} s (Ctrl-C to stop)")

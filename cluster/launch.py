@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -10,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import ray
 from ray import serve
@@ -42,27 +44,33 @@ def ensure_cluster(config: Config) -> str:
 
 
 @contextmanager
-def served(config: Config) -> Iterator[str]:
-    """Serve `config.model` over HTTP for as long as the context lasts; yields the base URL.
+def served(config: Config, stop: threading.Event) -> Iterator[str]:
+    """Serve `config.model` over HTTP for as long as the context lasts; yields the base URL. SIGINT and SIGTERM set `stop`.
 
     Uses the Ray cluster that RAY_ADDRESS names, else starts one on this machine. Raises ConfigError where the port is taken.
     """
     _check_port(config.host, config.port)
     ours = "RAY_ADDRESS" not in os.environ
     os.environ.setdefault("RAY_AUTH_MODE", "disabled" if ours else "token")
+    _stop_on_signals(stop)
     ray.init(
         address="local" if ours else None,
         namespace=NAMESPACE,
         include_dashboard=False if ours else None,
         logging_level=logging.WARNING,
+        # A cluster of this machine alone listens to this machine alone: its mailboxes are not encrypted.
+        _node_ip_address="127.0.0.1" if ours else None,
     )
+    _stop_on_signals(stop)  # ray.init puts a handler of its own in the place of SIGTERM's
     try:
         from router.app import application
 
         scheduler = ensure_cluster(config)
+        _go_on(stop)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         where = "HeadOnly" if ours else "EveryNode"
         serve.start(where, {"host": config.host, "port": config.port}, logging_config=quiet)
+        _go_on(stop)
         serve.run(application(config, scheduler), name=APPLICATION, route_prefix="/", logging_config=quiet)
         host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
         yield f"http://{host}:{config.port}"
@@ -97,6 +105,23 @@ def wait_until_healthy(url: str, timeout_s: float, stop: threading.Event) -> Non
         stop.wait(0.1)
     if not stop.is_set():
         raise ConfigError(f"not healthy after {timeout_s:.0f} s: {last}")
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    """The first signal sets `stop`; the second ends this process at once, and the Ray processes that it started with it."""
+
+    def stopping(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stopping)
+
+
+def _go_on(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise KeyboardInterrupt
 
 
 def _check_port(host: str, port: int) -> None:
