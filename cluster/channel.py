@@ -37,7 +37,12 @@ class Mailbox(Generic[Incoming]):
         if ":" in host:
             self._inbox.setsockopt(zmq.IPV6, 1)
             host = f"[{host}]"
-        self._inbox.bind(f"tcp://{host}:{port or '*'}")
+        try:
+            self._inbox.bind(f"tcp://{host}:{port or '*'}")
+        except zmq.ZMQError:
+            self._inbox.close()
+            self._context.term()
+            raise
         self.address = self._inbox.getsockopt_string(zmq.LAST_ENDPOINT)
         self._peers: OrderedDict[str, zmq.Socket[bytes]] = OrderedDict()
         self._decoder: msgspec.msgpack.Decoder[Incoming] = msgspec.msgpack.Decoder(accepts)
@@ -48,12 +53,16 @@ class Mailbox(Generic[Incoming]):
         """Frames received that are no message for this mailbox."""
 
     def send(self, address: str, message: msgspec.Struct) -> bool:
-        """Queue a message for `address`, without waiting. False (and the message is dropped) if its queue is full."""
+        """Queue a message for `address`, without waiting.
+
+        False (and the message is dropped) if its queue is full, or if that is no address: addresses come in messages, and a bad
+        one must not end who answers.
+        """
         try:
             self._peer(address).send(self._encoder.encode(message), zmq.NOBLOCK)
-        except zmq.Again:
+        except zmq.ZMQError as error:
             self.dropped_out += 1
-            log.warning("%s takes no messages: a %s was dropped", address, type(message).__name__)
+            log.warning("a %s to %s was dropped: %s", type(message).__name__, address, error)
             return False
         return True
 
@@ -95,7 +104,11 @@ class Mailbox(Generic[Incoming]):
             peer.setsockopt(zmq.LINGER, 0)
             if "[" in address:
                 peer.setsockopt(zmq.IPV6, 1)
-            peer.connect(address)
+            try:
+                peer.connect(address)
+            except zmq.ZMQError:
+                peer.close()
+                raise
             self._peers[address] = peer
         self._peers.move_to_end(address)
         return peer

@@ -52,6 +52,10 @@ class Router:
         )
         return build_api(self._dispatcher, self._tokenizer, model, self._metrics)
 
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises."""
+        self._dispatcher.check()
+
     async def __del__(self) -> None:
         await self._dispatcher.stop()
 

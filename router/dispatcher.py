@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from cluster.channel import Mailbox
 from cluster.protocol import ClusterStatus, MetricSample, RouterHello, RouterMessage
-from router.generation import ChoiceDelta, Generation
+from router.generation import ChoiceDelta, Generation, Unavailable
 from router.journal import Journal, JournalConfig, News
 
 TICK_S = 0.2
@@ -37,16 +37,24 @@ class Dispatcher:
         self._receiver.start()
 
     async def stop(self) -> None:
-        """Cancel what runs, and close the mailbox."""
-        for id in list(self._readers):
-            self._journal.cancel(id)
-        self._flush()
+        """Cancel what runs, tell its readers, and close the mailbox."""
         self._stopping = True
+        for id, reader in self._readers.items():
+            self._journal.cancel(id)
+            reader.put_nowait(News(id, [], Unavailable("the router stops")))
+        self._flush()
         if self._ticker is not None:
             self._ticker.cancel()
         if self._receiver is not None:
             await asyncio.to_thread(self._receiver.join)
         self._mailbox.close()
+
+    def check(self) -> None:
+        """Raise RuntimeError if the receiving thread or the ticker has ended: then nothing would ever be heard again."""
+        if self._receiver is not None and not self._receiver.is_alive():
+            raise RuntimeError("the router's receiving thread has ended")
+        if self._ticker is not None and self._ticker.done():
+            raise RuntimeError("the router's ticker has ended")
 
     # --- Generator --------------------------------------------------------------------------------------------------
 
@@ -61,6 +69,8 @@ class Dispatcher:
 
     async def stream(self, generation: Generation) -> AsyncGenerator[list[ChoiceDelta], None]:
         """See router.generation.Generator."""
+        if self._stopping:
+            raise Unavailable("the router stops")
         queue: asyncio.Queue[News] = asyncio.Queue()
         self._readers[generation.id] = queue
         try:
@@ -79,7 +89,8 @@ class Dispatcher:
         finally:
             del self._readers[generation.id]
             self._journal.cancel(generation.id)
-            self._flush()
+            if not self._stopping:
+                self._flush()
 
     # --- the cluster ------------------------------------------------------------------------------------------------
 
