@@ -94,7 +94,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised, for the hidden matrices.
 
     `torch.optim.Muon` does the same in bfloat16, which a processor without bfloat16
-    instructions runs fifty times slower than this float32 version: there it would
+    instructions runs some 35 times slower than this float32 version: there it would
     cost more than the gradients.
     """
 
