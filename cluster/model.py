@@ -106,11 +106,16 @@ def parse_shape(config: dict[str, Any], where: str) -> ModelShape:
         )
     except KeyError as error:
         raise ConfigError(f"{where}: config.json lacks {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{where}: config.json has a value that can't be used: {error}") from None
     _check_shape(shape, config, where)
     return shape
 
 
 def _check_shape(shape: ModelShape, config: dict[str, Any], where: str) -> None:
+    sizes = (shape.vocab_size, shape.hidden_size, shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim)
+    if min(sizes) < 1:
+        raise ConfigError(f"{where}: config.json has a size below 1")
     if shape.num_heads % shape.num_kv_heads:
         raise ConfigError(f"{where}: {shape.num_heads} heads don't divide into {shape.num_kv_heads} key/value heads")
     if shape.head_dim % 2:
@@ -153,6 +158,8 @@ def _read_json(path: Path, required: bool) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is no JSON object")
     return content
 
 

@@ -25,7 +25,9 @@ MAX_ONGOING = 10_000
 """Per replica. Our own queue is bounded cluster-wide; Serve's default of 5 would be a second, tiny one."""
 
 
-@serve.deployment(max_ongoing_requests=MAX_ONGOING, health_check_period_s=5, graceful_shutdown_timeout_s=5)
+@serve.deployment(
+    ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MAX_ONGOING, health_check_period_s=5, graceful_shutdown_timeout_s=5
+)
 @serve.ingress()
 class Router:
     """One replica: an HTTP edge and its journal."""

@@ -1,7 +1,6 @@
 """The Ray actor of one rank: loads its share of the model and serves plans. A thin shell around workers/serve.py."""
 
 import logging
-import os
 
 import ray
 
@@ -42,7 +41,3 @@ class Worker:
             mailbox.send(self._engine, ready)
             silence_s = 2 * self._config.step_timeout_s
             return serve_plans(runner, mailbox, self._engine, self._epoch, self._rank, silence_s)
-
-    def pid(self) -> int:
-        """The process id, for messages to people."""
-        return os.getpid()

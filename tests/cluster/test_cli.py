@@ -63,6 +63,15 @@ def test_a_model_of_an_unknown_architecture_is_refused(model: Path) -> None:
     assert "MambaForCausalLM" in refused("serve", str(model))
 
 
+@pytest.mark.parametrize("change", [{"hidden_size": None}, {"num_attention_heads": 0}, {"vocab_size": "many"}])
+def test_a_config_that_makes_no_sense_is_refused(model: Path, change: dict[str, object]) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **change}))
+    assert "config.json" in refused("serve", str(model))
+    (model / "config.json").write_text("[]")
+    assert "no JSON object" in refused("serve", str(model))
+
+
 def test_heads_that_do_not_divide_are_refused(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 3}))
