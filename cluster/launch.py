@@ -58,8 +58,6 @@ def served(config: Config, stop: threading.Event) -> Iterator[str]:
         namespace=NAMESPACE,
         include_dashboard=False if ours else None,
         logging_level=logging.WARNING,
-        # A cluster of this machine alone listens to this machine alone: its mailboxes are not encrypted.
-        _node_ip_address="127.0.0.1" if ours else None,
     )
     _stop_on_signals(stop)  # ray.init puts a handler of its own in the place of SIGTERM's
     try:
