@@ -1,4 +1,5 @@
-"""The decoder: Llama (Touvron et al. 2023, Dubey et al. 2024) and Qwen3 (Yang et al. 2025), one module, differences as flags.
+"""The decoder of Llama (Touvron et al. 2023, Dubey et al. 2024), Mistral (Jiang et al. 2023), Qwen2 (Yang et al. 2024) and Qwen3
+(Yang et al. 2025): one module, differences as flags of ModelShape.
 
     h = embedding[ids]
     per layer:  h += O · attention(rope(norm(Q)), rope(norm(K)), V)    with Q, K, V = W · rms_norm(h)     (inner norms: Qwen3)
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.model import ModelShape
+from cluster.shape import ModelShape
 from kv.pool import KVPool
 from parallel.linear import Linear
 from workers.attention import AttentionStep

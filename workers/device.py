@@ -5,7 +5,7 @@ import logging
 import torch
 
 from cluster.config import Config, ConfigError
-from cluster.model import ModelShape
+from cluster.shape import ModelShape
 from parallel.linear import cpu_computes_bfloat16
 
 _CPU_SHARE, _CPU_MOST = 0.30, 4 << 30

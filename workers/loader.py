@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cluster.model import ModelFiles, ModelShape
+from cluster.model import ModelFiles
+from cluster.shape import ModelShape
 from parallel.linear import Linear, fused
 from workers.checkpoint import Checkpoint
 from workers.decoder import Decoder, DecoderLayer, LogitsHead
@@ -70,9 +71,9 @@ class _Loader:
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
         return DecoderLayer(
             input_norm=self.vector(f"{prefix}input_layernorm.weight", hidden),
-            qkv=self.linear(attention, {"q_proj": query, "k_proj": kv, "v_proj": kv}, hidden, shape.attention_bias),
+            qkv=self.linear(attention, {"q_proj": query, "k_proj": kv, "v_proj": kv}, hidden, shape.qkv_bias),
             qk_norm=self.qk_norm(attention) if shape.qk_norm else None,
-            output=self.linear(attention, {"o_proj": hidden}, query, shape.attention_bias),
+            output=self.linear(attention, {"o_proj": hidden}, query, shape.output_bias),
             mlp_norm=self.vector(f"{prefix}post_attention_layernorm.weight", hidden),
             gate_up=self.linear(mlp, {"gate_proj": inner, "up_proj": inner}, hidden, shape.mlp_bias),
             down=self.linear(mlp, {"down_proj": hidden}, inner, shape.mlp_bias),

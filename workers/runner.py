@@ -28,7 +28,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         """The longest sequence that positions are prepared for."""
         self._device = pool.keys.device
-        self._attention = make_attention(attention, pool)
+        self._attention = make_attention(attention, pool, decoder.shape.windows)
         self._sampler = Sampler(decoder.shape.vocab_size, self._device)
         self._sequences = SequenceTable(pool.block_size)
 

@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from cluster.config import Config
 from cluster.model import open_model
@@ -23,6 +32,15 @@ _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+
+_YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -79,6 +97,92 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True,
         },
     ),
+    "llama-linear-rope": (
+        "llama",
+        {
+            "hidden_size": 44,
+            "intermediate_size": 60,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 11,
+            "num_key_value_heads": 11,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5},
+        },
+    ),
+    "mistral": (  # a window of less than a block, heads of another size than hidden_size / heads
+        "mistral",
+        {
+            "hidden_size": 52,
+            "intermediate_size": 68,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 22,
+            "sliding_window": 5,
+        },
+    ),
+    "mistral-yarn": (
+        "mistral",
+        {
+            "hidden_size": 42,
+            "intermediate_size": 50,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "sliding_window": 27,
+            "rope_parameters": _YARN | {"beta_fast": 8.0, "truncate": False, "mscale": 0.7, "mscale_all_dim": 1.3},
+        },
+    ),
+    "mistral-no-window": (
+        "mistral",
+        {
+            "hidden_size": 40,
+            "intermediate_size": 56,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "sliding_window": None,
+        },
+    ),
+    "qwen2": (
+        "qwen2",
+        {
+            "hidden_size": 56,
+            "intermediate_size": 76,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 7,
+            "num_key_value_heads": 1,
+            "rope_parameters": _YARN,
+        },
+    ),
+    "qwen2-window-tied": (
+        "qwen2",
+        {
+            "hidden_size": 36,
+            "intermediate_size": 52,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 3,
+            "use_sliding_window": True,
+            "sliding_window": 19,
+            "max_window_layers": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-window": (
+        "qwen3",
+        {
+            "hidden_size": 40,
+            "intermediate_size": 60,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 14,
+            "use_sliding_window": True,
+            "sliding_window": 33,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": _YARN | {"attention_factor": 1.3},
+        },
+    ),
 }
 
 
@@ -119,11 +223,9 @@ def make_model(path: Path, kind: str, dtype: torch.dtype = torch.float32, **save
     """Write a model of KINDS[kind] to `path`; its norms and biases are random too, so that none can be forgotten unseen."""
     family, sizes = KINDS[kind]
     torch.manual_seed(len(kind))
-    oracle: Any
-    if family == "llama":
-        oracle = LlamaForCausalLM(LlamaConfig(**_COMMON, **sizes))
-    else:
-        oracle = Qwen3ForCausalLM(Qwen3Config(**_COMMON, **sizes))
+    config, model = FAMILIES[family]
+    # Attention in transformers' own operators: its SDPA path drops the mask where it takes a window for wide enough.
+    oracle = model(config(**_COMMON, **sizes, attn_implementation="eager"))
     with torch.no_grad():
         for name, parameter in oracle.named_parameters():
             if "norm" in name or name.endswith("bias"):

@@ -29,7 +29,14 @@ def lay_out(spans: list[tuple[int, int]], seed: int = 0) -> tuple[list[Span], in
 
 
 def attend(
-    name: str, spans: list[Span], num_blocks: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype
+    name: str,
+    spans: list[Span],
+    num_blocks: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, KVPool, torch.Tensor]:
     """Random context and queries through backend `name`; returns outputs, pool and queries."""
     torch.manual_seed(1)
@@ -40,7 +47,7 @@ def attend(
     rows = int(paged.first_row[-1])
     queries, keys, values = (torch.randn(rows, n, dim).to(dtype) for n in (heads, kv_heads, kv_heads))
     pool.write(1, torch.from_numpy(paged.slots(paged.positions())), keys, values)
-    return make_attention(name, pool).prepare(paged).attend(1, queries, keys, values), pool, queries
+    return make_attention(name, pool, [None, window]).prepare(paged).attend(1, queries, keys, values), pool, queries
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), min_size=1, max_size=9))
@@ -60,13 +67,17 @@ def test_metadata_is_what_a_loop_over_tokens_gives(sizes: list[tuple[int, int]])
         assert row == table + [0] * (padded.shape[1] - len(table))
 
 
-def test_the_reference_is_the_textbook_formula() -> None:
+@pytest.mark.parametrize("window", [None, 1, 3, 4, 6, 100])
+def test_the_reference_is_the_textbook_formula(window: int | None) -> None:
     spans, num_blocks = lay_out([(0, 5), (6, 7), (3, 9)])
-    out, pool, queries = attend("reference", spans, num_blocks, heads=4, kv_heads=2, dim=6, dtype=torch.float32)
+    out, pool, queries = attend("reference", spans, num_blocks, heads=4, kv_heads=2, dim=6, dtype=torch.float32, window=window)
     row = 0
     for span in spans:
         for position in range(span.start, span.end):
-            slots = [(int(span.state.blocks[p // BLOCK]), p % BLOCK) for p in range(position + 1)]
+            slots = [
+                (int(span.state.blocks[p // BLOCK]), p % BLOCK)
+                for p in range(max(0, position + 1 - (window or 1000)), position + 1)
+            ]
             for head in range(4):
                 scores = [float(queries[row, head] @ pool.keys[1, b, o, head // 2]) / math.sqrt(6) for b, o in slots]
                 weights = np.exp(scores) / np.exp(scores).sum()
@@ -78,12 +89,15 @@ def test_the_reference_is_the_textbook_formula() -> None:
 @given(
     st.lists(st.tuples(st.integers(0, 60), st.sampled_from([1, 1, 1, 2, 5, 17])), min_size=1, max_size=24),
     st.sampled_from([(4, 4, 8), (6, 2, 16), (5, 1, 10)]),
+    st.sampled_from([None, 1, 3, 4, 7, 16, 50, 100]),
 )
 @settings(deadline=None, max_examples=60, derandomize=True)
-def test_the_portable_backend_is_the_reference(sizes: list[tuple[int, int]], model: tuple[int, int, int]) -> None:
+def test_the_portable_backend_is_the_reference(
+    sizes: list[tuple[int, int]], model: tuple[int, int, int], window: int | None
+) -> None:
     spans, num_blocks = lay_out([(start, start + n) for start, n in sizes])
-    expected, _, _ = attend("reference", spans, num_blocks, *model, torch.float32)
-    actual, _, _ = attend("torch", spans, num_blocks, *model, torch.float32)
+    expected, _, _ = attend("reference", spans, num_blocks, *model, torch.float32, window)
+    actual, _, _ = attend("torch", spans, num_blocks, *model, torch.float32, window)
     torch.testing.assert_close(actual, expected, atol=2e-6, rtol=1e-5)
 
 
@@ -102,11 +116,19 @@ def test_many_decodes_of_many_lengths_are_cut_into_groups() -> None:
     expected, pool, _ = attend("reference", spans, num_blocks, 4, 2, 8, torch.float32)
     actual, _, _ = attend("torch", spans, num_blocks, 4, 2, 8, torch.float32)
     torch.testing.assert_close(actual, expected, atol=2e-6, rtol=1e-5)
-    groups = PortableAttention(pool).prepare(PagedSpans.of(spans, BLOCK)).groups
+    groups = PortableAttention(pool, [None]).prepare(PagedSpans.of(spans, BLOCK)).views[None].groups
     assert 3 <= len(groups) < len(spans)
     assert sum(group.size for group in groups) == len(spans)
 
 
+def test_a_window_reads_no_more_blocks_than_it_covers() -> None:
+    spans, num_blocks = lay_out([(99, 100), (98, 99), (40, 57), (2, 3), (0, 9)])
+    pool = KVPool(1, num_blocks, BLOCK, 1, 2, torch.float32, torch.device("cpu"))
+    (view,) = PortableAttention(pool, [6]).prepare(PagedSpans.of(spans, BLOCK)).views.values()
+    assert [group.blocks.shape[0] // group.size for group in view.groups] == [2]
+    assert [None if span.blocks is None else len(span.blocks) for span in view.long] == [7, None]
+
+
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(ConfigError, match="flash"):
-        make_attention("flash", KVPool(1, 2, 4, 1, 2, torch.float32, torch.device("cpu")))
+        make_attention("flash", KVPool(1, 2, 4, 1, 2, torch.float32, torch.device("cpu")), [None])

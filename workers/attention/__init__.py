@@ -4,6 +4,7 @@ Queries come flat, [num_tokens, num_heads, head_dim]: this is the one operator t
 (ORCA's selective batching, Yu et al. 2022).
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -35,10 +36,10 @@ class AttentionBackend(Protocol):
         """Build the metadata of one iteration."""
 
 
-def make_attention(name: str, pool: KVPool) -> AttentionBackend:
-    """The backend that `Config.attention` names."""
+def make_attention(name: str, pool: KVPool, windows: Sequence[int | None]) -> AttentionBackend:
+    """The backend that `Config.attention` names, for layers with these sliding windows (see ModelShape)."""
     if name == "reference":
-        return ReferenceAttention(pool)
+        return ReferenceAttention(pool, windows)
     if name == "torch":
-        return PortableAttention(pool)
+        return PortableAttention(pool, windows)
     raise ConfigError(f"attention is '{name}'; choose one of torch, reference")

@@ -3,10 +3,12 @@
 Decodes (spans of one query) are sorted by length and run in groups of like length, each one padded call: a call per sequence
 costs more than the padding does, one call for all costs more than it saves. The heads of a group share keys and values, so they
 become the query rows of one head of the call (a head per query head would read the context once for each). Longer spans run one
-by one. A span that begins at position 0 needs nothing from the pool.
+by one. A span that begins at position 0 needs nothing from the pool. Layers with the same sliding window share the metadata, and
+read only the blocks that the window leaves.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +36,7 @@ class DecodeGroup:
     blocks: Tensor
     """[size * padded length in blocks] int64: what to gather."""
     bias: Tensor
-    """[size, 1, 1, padded length in tokens]: 0 where there is a token, else -inf."""
+    """[size, 1, 1, padded length in tokens]: 0 where there is a token in sight, else -inf."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +44,29 @@ class LongSpan:
     """A span of several queries."""
 
     rows: slice
-    end: int
+    length: int
+    """Positions of the context, from where its first block begins to the last query."""
     blocks: Tensor | None
     """[blocks of the context] int64, or None for a span that begins at position 0."""
     bias: Tensor | None
-    """[queries, end]: 0 where a query may look, else -inf; None for a span that begins at position 0."""
+    """[queries, length]: 0 where a query may look, else -inf; None where each sees all up to itself."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What layers with one sliding window do."""
+
+    groups: list[DecodeGroup]
+    long: list[LongSpan]
 
 
 class PortableAttention:
     """Holds the pool and the memory to gather into, which grows to the largest group and is kept."""
 
-    def __init__(self, pool: KVPool) -> None:
+    def __init__(self, pool: KVPool, windows: Sequence[int | None]) -> None:
+        """windows: per layer, see ModelShape."""
         self.pool = pool
+        self.windows = windows
         self._gathered = torch.empty(2, 0, dtype=pool.keys.dtype, device=pool.keys.device)
 
     def prepare(self, spans: PagedSpans) -> "PortableStep":
@@ -61,10 +74,10 @@ class PortableAttention:
         lengths = spans.end - spans.start
         singles = np.flatnonzero(lengths == 1)
         singles = singles[np.argsort(spans.end[singles], kind="stable")]
-        groups = [self._group(spans, singles, first, last) for first, last in self._cut(spans.num_blocks[singles])]
-        long = [self._long_span(spans, int(i)) for i in np.flatnonzero(lengths > 1)]
+        long = np.flatnonzero(lengths > 1)
+        views = {window: self._view(spans.through(window), singles, long) for window in dict.fromkeys(self.windows)}
         rows = torch.from_numpy(spans.first_row[singles]).to(self.pool.keys.device)
-        return PortableStep(self, rows, groups, long)
+        return PortableStep(self, rows, views)
 
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of blocks [n] int64, [n * block_size, num_kv_heads, head_dim] each; valid until the next call."""
@@ -80,6 +93,11 @@ class PortableAttention:
         ]
         shape = (len(blocks) * block_size, num_kv_heads, head_dim)
         return taken[0].view(shape), taken[1].view(shape)
+
+    def _view(self, spans: PagedSpans, singles: NDArray[np.int64], long: NDArray[np.int64]) -> View:
+        counts = np.maximum.accumulate(spans.num_blocks[singles])  # a window's ends differ by a block
+        groups = [self._group(spans, singles, first, last) for first, last in self._cut(counts)]
+        return View(groups, [self._long_span(spans, int(i)) for i in long])
 
     def _cut(self, num_blocks: NDArray[np.int64]) -> list[tuple[int, int]]:
         """Ranges [first, last) of decodes, sorted by length, that run together."""
@@ -98,16 +116,18 @@ class PortableAttention:
     def _group(self, spans: PagedSpans, singles: NDArray[np.int64], first: int, last: int) -> DecodeGroup:
         which = singles[first:last]
         tables = spans.padded_tables(which)
-        beyond = np.arange(tables.shape[1] * spans.block_size) >= spans.end[which][:, None]
-        return DecodeGroup(first, last - first, self._indices(tables.reshape(-1)), self._bias(beyond)[:, None, None, :])
+        positions = spans.begin[which][:, None] + np.arange(tables.shape[1] * spans.block_size)
+        hidden = spans.hidden(spans.start[which][:, None], positions)
+        return DecodeGroup(first, last - first, self._indices(tables.reshape(-1)), self._bias(hidden)[:, None, None, :])
 
     def _long_span(self, spans: PagedSpans, i: int) -> LongSpan:
         rows = slice(int(spans.first_row[i]), int(spans.first_row[i + 1]))
-        start, end = int(spans.start[i]), int(spans.end[i])
-        if start == 0:
+        begin, start, end = int(spans.begin[i]), int(spans.start[i]), int(spans.end[i])
+        blocks = self._indices(spans.table(i)) if start > 0 else None
+        if start == 0 and (spans.window is None or spans.window >= end):
             return LongSpan(rows, end, None, None)
-        future = np.arange(end) > np.arange(start, end)[:, None]
-        return LongSpan(rows, end, self._indices(spans.table(i)), self._bias(future))
+        hidden = spans.hidden(np.arange(start, end)[:, None], np.arange(begin, end))
+        return LongSpan(rows, end - begin, blocks, self._bias(hidden))
 
     def _indices(self, blocks: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(blocks).to(self.pool.keys.device)
@@ -124,17 +144,18 @@ class PortableStep:
     backend: PortableAttention
     decode_rows: Tensor
     """[num_decodes] int64: rows of the batch in the order of the groups."""
-    groups: list[DecodeGroup]
-    long: list[LongSpan]
+    views: dict[int | None, View]
+    """By sliding window."""
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See AttentionStep."""
+        view = self.views[self.backend.windows[layer]]
         output = torch.empty(len(queries), queries.shape[1] * queries.shape[2], dtype=queries.dtype, device=queries.device)
-        for span in self.long:
+        for span in view.long:
             output[span.rows] = self._long_span(span, layer, queries[span.rows], keys[span.rows], values[span.rows])
-        if self.groups:
+        if view.groups:
             sorted_queries = queries.index_select(0, self.decode_rows)
-            decoded = [self._decode(group, layer, sorted_queries[group.first : group.first + group.size]) for group in self.groups]
+            decoded = [self._decode(group, layer, sorted_queries[group.first : group.first + group.size]) for group in view.groups]
             output.index_copy_(0, self.decode_rows, torch.cat(decoded))
         return output
 
@@ -150,7 +171,7 @@ class PortableStep:
     def _long_span(self, span: LongSpan, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """[n, num_heads, head_dim] -> [n, num_heads * head_dim]"""
         if span.blocks is not None:
-            keys, values = (context[: span.end] for context in self.backend.gather(layer, span.blocks))
+            keys, values = (context[: span.length] for context in self.backend.gather(layer, span.blocks))
         n, num_heads, head_dim = queries.shape
         num_kv_heads = keys.shape[1]
         group = num_heads // num_kv_heads

@@ -1,5 +1,6 @@
 """The oracle: softmax(Q Kᵀ / sqrt(d)) V in fp32, one sequence at a time, as in Vaswani et al. 2017. Slow and easy to check."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,11 @@ class ReferenceAttention:
     """Reads everything from the pool."""
 
     pool: KVPool
+    windows: Sequence[int | None]
 
     def prepare(self, spans: PagedSpans) -> "ReferenceStep":
         """No metadata beyond the spans themselves."""
-        return ReferenceStep(self.pool, spans)
+        return ReferenceStep(self.pool, self.windows, spans)
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class ReferenceStep:
     """One iteration's spans."""
 
     pool: KVPool
+    windows: Sequence[int | None]
     spans: PagedSpans
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -35,12 +38,13 @@ class ReferenceStep:
             rows = slice(int(self.spans.first_row[i]), int(self.spans.first_row[i + 1]))
             context_k = self.pool.keys[layer, table].flatten(0, 1)[:end].float()
             context_v = self.pool.values[layer, table].flatten(0, 1)[:end].float()
-            outputs.append(causal_attention(queries[rows].float(), context_k, context_v, start))
+            outputs.append(causal_attention(queries[rows].float(), context_k, context_v, start, self.windows[layer]))
         return torch.cat(outputs).flatten(1).to(queries.dtype)
 
 
-def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-    """Grouped-query attention of n queries at positions [start, start + n) over all of [0, start + n).
+def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, start: int, window: int | None = None) -> Tensor:
+    """Grouped-query attention of n queries at positions [start, start + n) over all of [0, start + n), or the last `window` of them
+    up to each query's own.
 
     queries [n, num_heads, head_dim], keys and values [start + n, num_kv_heads, head_dim] -> [n, num_heads, head_dim].
     """
@@ -48,6 +52,8 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, start: int) 
     group = num_heads // keys.shape[1]
     keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
     scores = torch.einsum("qhd,khd->hqk", queries, keys) / head_dim**0.5
-    future = torch.ones(n, start + n, dtype=torch.bool, device=queries.device).triu(start + 1)
-    weights = scores.masked_fill(future, float("-inf")).softmax(-1)
+    hidden = torch.ones(n, start + n, dtype=torch.bool, device=queries.device).triu(start + 1)
+    if window is not None:
+        hidden |= torch.ones_like(hidden).tril(start - window)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, values)

@@ -1,7 +1,7 @@
 """What attention must know of a batch: which rows belong to which sequence, and where its context lies in the pool."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,7 @@ from workers.sequences import Span
 @dataclass(frozen=True)
 class PagedSpans:
     """The spans of one iteration in batch order, as arrays. Rows [first_row[i], first_row[i + 1]) are span i's queries at positions
-    [start[i], end[i]); it attends to positions [0, end[i]) of its sequence, each query up to its own."""
+    [start[i], end[i]); it attends to positions [begin[i], end[i]) of its sequence, each query up to its own."""
 
     block_size: int
     start: NDArray[np.int64]
@@ -22,9 +22,13 @@ class PagedSpans:
     first_row: NDArray[np.int64]
     """[num_spans + 1]"""
     tables: NDArray[np.int64]
-    """[sum of block counts]: the block tables one after the other, each cut to the blocks that hold [0, end)."""
+    """[sum of block counts]: the block tables one after the other, each cut to the blocks that hold [begin, end)."""
     first_block: NDArray[np.int64]
     """[num_spans + 1]: where each table starts in `tables`."""
+    begin: NDArray[np.int64]
+    """[num_spans]: position that each table starts at, a multiple of block_size: 0, or what a sliding window leaves."""
+    window: int | None = None
+    """How many positions a query sees, its own included; None: all up to its own."""
 
     @classmethod
     def of(cls, spans: Sequence[Span], block_size: int) -> "PagedSpans":
@@ -33,7 +37,23 @@ class PagedSpans:
         end = np.array([span.end for span in spans], dtype=np.int64)
         num_blocks = -(-end // block_size)
         tables = np.concatenate([span.state.blocks[:n] for span, n in zip(spans, num_blocks.tolist(), strict=True)])
-        return cls(block_size, start, end, _offsets(end - start), tables.astype(np.int64), _offsets(num_blocks))
+        rows, first_block = _offsets(end - start), _offsets(num_blocks)
+        return cls(block_size, start, end, rows, tables.astype(np.int64), first_block, np.zeros_like(start))
+
+    def through(self, window: int | None) -> "PagedSpans":
+        """The same spans, seen through a sliding window: their tables without the blocks that no query sees."""
+        if window is None:
+            return self
+        unseen = np.maximum(self.start + 1 - window, 0) // self.block_size
+        kept = self.num_blocks - unseen
+        first_block = _offsets(kept)
+        which = np.arange(first_block[-1]) + np.repeat(self.first_block[:-1] + unseen - first_block[:-1], kept)
+        return replace(self, tables=self.tables[which], first_block=first_block, begin=unseen * self.block_size, window=window)
+
+    def hidden(self, queries: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Where a query at a position does not see a key at a position; the two arrays broadcast."""
+        future = keys > queries
+        return future if self.window is None else future | (keys <= queries - self.window)
 
     def __len__(self) -> int:
         return len(self.start)
@@ -59,7 +79,7 @@ class PagedSpans:
         return np.arange(self.first_row[-1]) + np.repeat(self.start - self.first_row[:-1], np.diff(self.first_row))
 
     def slots(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[num_tokens]: where in the pool every row's key and value go."""
+        """[num_tokens]: where in the pool every row's key and value go. Not for spans seen through a window."""
         first_block = np.repeat(self.first_block[:-1], np.diff(self.first_row))
         block, offset = np.divmod(positions, self.block_size)
         return self.tables[first_block + block] * self.block_size + offset
