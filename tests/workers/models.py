@@ -219,13 +219,13 @@ class TinyModel:
         return tokens
 
 
-def make_model(path: Path, kind: str, dtype: torch.dtype = torch.float32, **save: Any) -> TinyModel:
+def make_model(path: Path, kind: str, dtype: torch.dtype = torch.float32, vocab_size: int = VOCAB, **save: Any) -> TinyModel:
     """Write a model of KINDS[kind] to `path`; its norms and biases are random too, so that none can be forgotten unseen."""
     family, sizes = KINDS[kind]
     torch.manual_seed(len(kind))
     config, model = FAMILIES[family]
     # Attention in transformers' own operators: its SDPA path drops the mask where it takes a window for wide enough.
-    oracle = model(config(**_COMMON, **sizes, attn_implementation="eager"))
+    oracle = model(config(**_COMMON | {"vocab_size": vocab_size}, **sizes, attn_implementation="eager"))
     with torch.no_grad():
         for name, parameter in oracle.named_parameters():
             if "norm" in name or name.endswith("bias"):
@@ -235,7 +235,7 @@ def make_model(path: Path, kind: str, dtype: torch.dtype = torch.float32, **save
     return TinyModel(path, oracle)
 
 
-def prompt(length: int, seed: int = 0) -> list[int]:
+def prompt(length: int, seed: int = 0, vocab: int = VOCAB) -> list[int]:
     """Random token ids."""
     rng = random.Random(f"prompt {length} {seed}")
-    return [rng.randrange(VOCAB) for _ in range(length)]
+    return [rng.randrange(vocab) for _ in range(length)]
