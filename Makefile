@@ -1,5 +1,6 @@
 # make serve [ARGS="MODEL --option value ..."]   serve a model (default: the bundled demo) on port 8000
 # make test  [ARGS="-k name ..."]                run the tests
+# make bench [ARGS="--trace FILE --model DIR"]   techniques against their baselines, tables, JSON and PNG in build/bench
 # make check                                     ruff, mypy --strict, import-linter
 # make fuzz                                      the property tests with new and many more examples
 
@@ -7,13 +8,16 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if 
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test check fuzz clean
+.PHONY: serve test bench check fuzz clean
 
 serve: $(VENV)/.serve
 	@exec $(VENV)/bin/rayline serve $(ARGS)
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+bench: $(VENV)/.test
+	$(VENV)/bin/python -m bench $(ARGS)
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,152 @@
+"""Each command once, as small as it goes; and what reports look like."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import __main__ as whole
+from bench import arrivals, batching, offline, options, waste
+from bench.contenders import Contender, Policy, continuous_generate, rayline, static_generate
+from bench.report import Report, render
+from bench.workload import Shape, jobs
+from cluster.cli import DEMO_MODEL
+from cluster.offline import LLM
+
+DEMO = str(DEMO_MODEL)
+SMALL = ["--requests", "6", "--prompt-tokens", "4", "--output-scale", "0.02", "--threads", "1", "--dtype", "float32"]
+SMALL += ["--kv-memory", "8MiB"]
+
+
+def written(directory: Path, name: str) -> dict[str, Any]:
+    assert (directory / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    data: dict[str, Any] = json.loads((directory / f"{name}.json").read_text())
+    assert data["command"].startswith(f"python -m bench.{name} ")
+    assert data["machine"]["cores"] >= 1
+    return data
+
+
+def test_batching(tmp_path: Path) -> None:
+    words = ["--slots", "2", "--sweep", "1,2", "--sweep-requests", "2", "--repetitions", "2", "--out", str(tmp_path)]
+    batching.main([DEMO, *SMALL, *words])
+    data = written(tmp_path, "batching")
+    (rows,) = data["tables"].values()
+    kinds = [row[""].split()[0] for row in rows]
+    assert kinds == ["continuous", "static", "static-skip", "continuous"]
+    assert "default" in rows[3][""]
+    assert set(data["sweep static"]) == {"1", "2"}
+    assert all(len(runs["wall_s"]) == 2 for runs in data["repetitions"].values())
+
+
+def test_a_peer_that_does_not_run_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: Any) -> Contender:
+        raise NotImplementedError("not on this machine")
+
+    monkeypatch.setattr(batching, "continuous_generate", fails)
+    words = ["--slots", "2", "--sweep", "2", "--repetitions", "1", "--peers", "--peer-dtype", "float32", "--out", str(tmp_path)]
+    batching.main([DEMO, *SMALL, *words])
+    names = [row[""] for row in next(iter(written(tmp_path, "batching")["tables"].values()))]
+    assert names[-1] == "transformers generate float32 (batch 2, as they come)"
+    assert "left out: transformers' continuous batching does not run here: NotImplementedError" in capsys.readouterr().out
+
+
+def test_the_best_batch_is_the_fastest() -> None:
+    rates = {4: 1.0, 8: 3.0, 16: 3.0, 32: 2.0}
+    assert batching.best_batch("static", [32, 8, 4, 16], lambda policy: rates[policy.slots]) == (Policy("static", 8), rates)
+
+
+def test_arrivals(tmp_path: Path) -> None:
+    words = [
+        "--batches",
+        "2",
+        "--waits",
+        "0",
+        "--factors",
+        "4",
+        "--seeds",
+        "1",
+        "--tolerance",
+        "1",
+        "--window",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    arrivals.main([DEMO, *SMALL, *words])
+    data = written(tmp_path, "arrivals")
+    assert data["unloaded"]["p90_s_per_token"] > 0
+    assert len(data["tables"]) == 2
+
+
+def test_arrivals_refuses_cpu_time_of_several_threads(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        arrivals.main([DEMO, "--threads", "2"])
+    assert "--clock wall" in capsys.readouterr().err
+
+
+def test_waste(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    rows = [f"2023-11-16 18:15:{i:02}.0,{100 + i},{1 + 7 * i}" for i in range(40)]
+    trace.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]))
+    waste.main(["--trace", str(trace), "--max-model-len", "512", "--pool-sequences", "4", "--out", str(tmp_path)])
+    data = written(tmp_path, "waste")
+    assert data["paged (default)"]["waste"] < data["max_tokens, exact"]["waste"] < data["contiguous"]["waste"]
+
+
+def test_a_trace_that_cannot_be_read_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        waste.main(["--trace", str(tmp_path / "missing")])
+    assert "No such file" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_offline_and_its_sides_agree(tmp_path: Path) -> None:
+    words = ["--requests", "3", "--repetitions", "1", "--threads", "1", "--peer-dtype", "float32", "--no-warmup"]
+    offline.main([DEMO, *words, "--dtype", "float32", "--out", str(tmp_path)])
+    assert written(tmp_path, "offline")["ratio"]["same_outputs"] == 3
+
+
+def test_peers_give_our_tokens() -> None:
+    some = jobs([Shape(9, 5), Shape(20, 9), Shape(3, 12)], 4096)
+    ours = rayline(LLM(DEMO, dtype="float32", threads=1, kv_memory="8MiB"))
+    peers = [static_generate(DEMO, "float32", 2, by_length=False), continuous_generate(DEMO, "float32", 2, 32)]
+    for side in (ours, *peers):
+        side.run(some)
+        side.close()
+    assert ours.outputs == peers[0].outputs == peers[1].outputs
+
+
+def test_a_side_with_too_few_tokens_is_an_error() -> None:
+    side = rayline(LLM(DEMO, dtype="float32", threads=1, kv_memory="8MiB"))
+    side.generate = lambda jobs: [[1]] * len(jobs)
+    with pytest.raises(RuntimeError, match="number of tokens"):
+        side.run(jobs([Shape(3, 2)], 4096))
+
+
+def test_the_set_hands_its_options_on() -> None:
+    parser = options.parser(None)
+    parser.add_argument("--model")
+    parser.add_argument("--trace")
+    commands = whole.commands(parser.parse_args(["--model", "M", "--trace", "T", "--out", "O"]))
+    assert [words[0] for words in commands] == ["bench.offline", "bench.batching", "bench.arrivals", "bench.waste"]
+    assert all(words[-2:] == ["--out", "O"] for words in commands)
+    assert [("T" in words, "M" in words) for words in commands] == [(False, True), (True, True), (True, True), (True, False)]
+
+
+def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert render(["", "rate"], [["a", 1234.5], ["long", 0.12345], ["c", None], ["d", math.inf]]) == (
+        "       rate\na      1234\nlong  0.123\nc         -\nd       inf"
+    )
+    report = Report("batching", ["MODEL"])
+    report.say("hello")
+    report.table("title", ["", "x"], [["a", 1]])
+    report.record("points", {0.5: [1.0, math.inf]})
+    data = json.loads(report.save(tmp_path / "new").read_text())
+    assert data["command"] == "python -m bench.batching MODEL"
+    assert data["tables"] == {"title": [{"": "a", "x": 1}]}
+    assert data["points"] == {"0.5": [1.0, None]}
+    assert data["text"][-1] == "hello"
+    assert "title" in capsys.readouterr().out
