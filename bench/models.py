@@ -1,8 +1,9 @@
 """Random-weight models to measure with: nothing is downloaded, anyone can make the same ones.
 
-    python -m bench.models DIRECTORY [S] [M]
+    python -m bench.models DIRECTORY [NAME ...]
 
-S is a Llama of 35 million parameters, M a Qwen3 of 473 million (the 0.6B shape with a vocabulary of 32,000). Both are written as
+S is a Llama of 35 million parameters, M a Qwen3 of 473 million (the 0.6B shape with a vocabulary of 32,000); for GPUs, L is a Llama
+of 1.04 billion (the 3.2 1B shape) and XL one of 7.1 billion (the 3.1 8B shape), also with 32,000 entries. All are written as
 bfloat16 safetensors, with a byte-level BPE tokenizer trained on the sources of Python's standard library and a ChatML template.
 Speed doesn't depend on what the weights are; text that comes out is noise.
 """
@@ -46,7 +47,20 @@ def medium() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(Qwen3Config(num_attention_heads=16, num_key_value_heads=8, **sizes, **_SHARED))
 
 
-MODELS = {"S": small, "M": medium}
+def large() -> LlamaForCausalLM:
+    """L: 16 layers of 2048, 32 heads over 8 key/value heads of 64."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=32, num_key_value_heads=8, **sizes, **_SHARED))
+
+
+def extra_large() -> LlamaForCausalLM:
+    """XL: 32 layers of 4096, 32 heads over 8 key/value heads of 128."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=32, num_key_value_heads=8, **sizes, **_SHARED))
+
+
+MODELS = {"S": small, "M": medium, "L": large, "XL": extra_large}
+DEFAULT = ("S", "M")
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -66,10 +80,12 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def write_model(name: str, directory: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """Write the model MODELS[name] to directory/name and return that path. The weights are always the same."""
+def write_model(name: str, directory: Path, tokenizer: PreTrainedTokenizerFast, device: str = "cpu") -> Path:
+    """Write the model MODELS[name] to directory/name and return that path. The weights, drawn on `device`, are always the same
+    there."""
     torch.manual_seed(0)
-    model = MODELS[name]().to(torch.bfloat16)
+    with torch.device(device):
+        model = MODELS[name]().to(torch.bfloat16)
     target = directory / name
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -88,13 +104,13 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("names", nargs="*", metavar="S|M", help="default: both")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="S, M, L, XL; default: S and M")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(MODELS)
     if unknown:
         parser.error(f"no such model: {', '.join(sorted(unknown))}")
     tokenizer = train_tokenizer()
-    for name in arguments.names or MODELS:
+    for name in arguments.names or DEFAULT:
         print(write_model(name, arguments.directory, tokenizer))
 
 

@@ -14,9 +14,9 @@ A sequence in a launched plan keeps its blocks until that plan has returned, wha
 import bisect
 import itertools
 from collections import deque
-from dataclasses import dataclass
 
 from cluster.config import BatchConfig
+from cluster.launched import Launched
 from cluster.line import WaitingLine
 from cluster.protocol import (
     Admission,
@@ -25,22 +25,13 @@ from cluster.protocol import (
     Credit,
     EngineStats,
     FinishReason,
-    NewSequence,
     Request,
     StepPlan,
     StepResult,
     TokenDelta,
 )
-from cluster.request import Sequence
+from cluster.request import Scoring, Sequence, why_impossible
 from kv.manager import KVManager, PrefixMatch
-
-
-@dataclass(frozen=True)
-class Launched:
-    """A plan whose result is awaited, and the sequences its chunks are of."""
-
-    plan: StepPlan
-    sequences: tuple[Sequence, ...]
 
 
 class Batcher:
@@ -65,26 +56,16 @@ class Batcher:
 
     def why_impossible(self, request: Request) -> str | None:
         """The reason why `request` could never run here, or None."""
-        limit = self.config.max_sequence_tokens
-        params, emitted = request.params, request.emitted
-        if len(request.prompt) + params.max_tokens > limit:
-            asked = f"prompt ({len(request.prompt)}) and max_tokens ({params.max_tokens})"
-            return f"{asked} exceed the {limit} tokens that fit here"
-        if not request.prompt or params.n < 1 or params.max_tokens < 1:
-            return "there is nothing to compute: prompt, n and max_tokens must each be at least 1"
-        if len(emitted) != params.n or len(request.finished) != params.n or all(request.finished):
-            return f"emitted and finished must speak of {params.n} choices, of which one at least still runs"
-        if any(len(e) >= params.max_tokens and not f for e, f in zip(emitted, request.finished, strict=True)):
-            return "a choice that still runs has all of its max_tokens"
-        return None
+        return why_impossible(request, self.config.max_sequence_tokens)
 
     def add(self, request: Request, now: float) -> None:
         """Queue all choices of a request that `why_impossible` has nothing against."""
         choices = [c for c in range(request.params.n) if not request.finished[c]]
         sequences: dict[int, Sequence] = {}
         forks = self.config.reservation == "paged" and self.config.batching == "continuous"
+        scoring = Scoring(request.scored, 0 if request.params.prompt_logprobs is None else len(request.prompt))
         for choice in choices:
-            sequence = Sequence(self._next_seq, request, choice, list(request.emitted[choice]), received_at=now)
+            sequence = Sequence(self._next_seq, request, choice, list(request.emitted[choice]), now, scoring)
             self._next_seq += 1
             if forks and sequences:
                 self.line.hold(sequence, sequences[choices[0]])
@@ -195,13 +176,13 @@ class Batcher:
                 return None
             sequence.num_computed = match.num_tokens
         sequence.parent = None
-        new = None if sequence.sent else _new_sequence(sequence)
+        new = None if sequence.sent else sequence.introduction()
         plan.admitted.append(Admission(sequence.seq, sequence.num_computed, list(self.kv.table(sequence.seq)), new))
         sequence.sent = True
         return taken + self._margin
 
     def _match(self, sequence: Sequence) -> PrefixMatch:
-        if self.config.reservation != "paged":
+        if self.config.reservation != "paged" or not sequence.scoring.complete:
             return PrefixMatch()
         return self.kv.match(sequence.request.prompt + sequence.emitted, sequence.request.cache_salt)
 
@@ -231,7 +212,9 @@ class Batcher:
         last = end == sequence.num_tokens
         # What workers can't have yet is the token drawn last: the prompt came with the sequence, older tokens with older chunks.
         tokens = sequence.emitted[-1:] if last else []
-        plan.chunks.append(Chunk(sequence.seq, sequence.num_computed, count, blocks, tokens, sample=last))
+        draws = last and sequence.params.max_tokens > 0
+        scores = sequence.scoring.take(end)
+        plan.chunks.append(Chunk(sequence.seq, sequence.num_computed, count, blocks, tokens, sample=draws, scores=scores))
         if sequence.num_computed < len(sequence.request.prompt):
             self.kv.cache.pending(sequence.request.prompt[:end], self.kv.table(sequence.seq), sequence.request.cache_salt)
         sequence.num_computed = end
@@ -287,45 +270,38 @@ class Batcher:
         """Take in the result of the oldest plan in flight (see `expects`); returns what is new for the clients."""
         launched = self.in_flight.popleft()
         drawn = {r.seq: r for r in result.results}
+        told = {s.seq: s for s in result.scores}
         deltas: list[TokenDelta] = []
         for chunk, sequence in zip(launched.plan.chunks, launched.sequences, strict=True):
             sequence.in_flight -= 1
-            if sequence.finish is None and chunk.sample:
-                deltas.append(self._advance(sequence, drawn[chunk.seq]))
-            elif sequence.finish is not None and sequence.in_flight == 0:
-                self._leave(sequence)  # cancelled, or finished earlier, while plans held it
+            delta = sequence.news(told.get(chunk.seq))
+            if sequence.finish is not None:
+                if sequence.in_flight == 0:
+                    self._leave(sequence)  # cancelled, or finished earlier, while plans held it
+            elif chunk.sample:
+                self._advance(sequence, drawn[chunk.seq], delta)
+            elif sequence.params.max_tokens == 0 and sequence.schedulable == 0 and sequence.in_flight == 0:
+                delta.finish = "length"  # there was only the prompt to be told of
+                self._end(sequence, "length")
+            if delta.tokens or delta.finish is not None or (delta.prompt_logprobs and self.has_request(delta.request)):
+                deltas.append(delta)
         return deltas
 
     def expects(self, result: StepResult) -> bool:
-        """Whether this is the result of the oldest plan in flight, with tokens for just the chunks that sample."""
-        if not self.in_flight or self.in_flight[0].plan.step != result.step:
-            return False
-        sampling = sorted(chunk.seq for chunk in self.in_flight[0].plan.chunks if chunk.sample)
-        return sampling == sorted(r.seq for r in result.results) and all(r.tokens for r in result.results)
+        """Whether this is the result of the oldest plan in flight."""
+        return bool(self.in_flight) and self.in_flight[0].answered_by(result)
 
-    def _advance(self, sequence: Sequence, result: ChunkResult) -> TokenDelta:
-        index = len(sequence.emitted)
-        first = index == len(sequence.request.emitted[sequence.choice])
-        tokens: list[int] = []
-        finish: FinishReason | None = None
+    def _advance(self, sequence: Sequence, result: ChunkResult, delta: TokenDelta) -> None:
+        """Take in the tokens drawn, up to one that ends the choice."""
         for token in result.tokens:
-            tokens.append(token)
+            delta.tokens.append(token)
             sequence.emitted.append(token)
-            finish = self._finish_reason(sequence, token)
-            if finish is not None:
+            delta.finish = self._finish_reason(sequence, token)
+            if delta.finish is not None:
                 break
-        if finish is not None:
-            self._end(sequence, finish)
-        return TokenDelta(
-            request=sequence.request.id,
-            attempt=sequence.request.attempt,
-            choice=sequence.choice,
-            index=index,
-            tokens=tokens,
-            logprobs=result.logprobs[: len(tokens)],
-            finish=finish,
-            queued_s=sequence.started_at - sequence.received_at if first and sequence.started_at is not None else None,
-        )
+        delta.logprobs = result.logprobs[: len(delta.tokens)]
+        if delta.finish is not None:
+            self._end(sequence, delta.finish)
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         if token in sequence.params.stop_token_ids:
@@ -418,9 +394,3 @@ class Batcher:
 
 def _order(sequence: Sequence) -> tuple[float, int]:
     return sequence.order
-
-
-def _new_sequence(sequence: Sequence) -> NewSequence:
-    return NewSequence(
-        choice=sequence.choice, prompt=sequence.request.prompt, emitted=list(sequence.emitted), params=sequence.params
-    )

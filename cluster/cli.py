@@ -120,6 +120,7 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
 @engine_options
 @click.option("--prompt", help="The text to continue; default: standard input.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--min-tokens", type=click.IntRange(min=0), default=0, show_default=True, help="Nothing ends the output before.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
 @click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0 is off.")
@@ -130,8 +131,11 @@ def generate(model: str | None, config_file: str | None, prompt: str | None, sto
     from cluster.offline import LLM
     from cluster.protocol import SamplingParams
 
+    if options["min_tokens"] > options["max_tokens"]:
+        raise ConfigError(f"min_tokens is {options['min_tokens']}, but max_tokens {options['max_tokens']}")
     params = SamplingParams(
         max_tokens=options.pop("max_tokens"),
+        min_tokens=options.pop("min_tokens"),
         temperature=options.pop("temperature"),
         top_p=options.pop("top_p"),
         top_k=options.pop("top_k"),
@@ -148,6 +152,20 @@ def generate(model: str | None, config_file: str | None, prompt: str | None, sto
     except ValueError as error:
         raise ConfigError(str(error)) from None
     click.echo()
+
+
+@cli.command()
+@click.option("--url", default="http://localhost:8000/v1", show_default=True, help="Of the server, /v1 included.")
+@click.option("--model", help="Default: the first that the server names.")
+@click.option("--system-prompt", help="How the model should behave.")
+@click.option("-q", "--quick", metavar="PROMPT", help="Answer this and end.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Of one answer. Default: what the context holds.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy. Default: the server's.")
+def chat(url: str, model: str | None, system_prompt: str | None, quick: str | None, **parameters: Any) -> None:
+    """Talk to a model that a server serves. Ctrl-C ends an answer, Ctrl-D the conversation."""
+    from cluster.chat import chat as talk
+
+    talk(url, model, system_prompt, quick, {name: value for name, value in parameters.items() if value is not None})
 
 
 if __name__ == "__main__":

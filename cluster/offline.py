@@ -8,14 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from cluster.batcher import Batcher
 from cluster.config import Config, batch_settings, from_mapping
 from cluster.model import open_model
 from cluster.protocol import EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs
+from cluster.structs import replace
 from kv.manager import KVManager
-from router.choice import Choice
+from router.choice import Choice, Reading
 from router.generation import ChoiceDelta
 from router.tokenizer import Tokenizer, load
 from workers.runner import ModelRunner, load_runner
@@ -42,6 +41,8 @@ class Completion:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[Output]
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """Per prompt token, where the params ask for them; None for the first, which follows nothing."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +81,24 @@ class LLM:
         *,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
     ) -> list[Completion]:
         """Complete all prompts (texts or token ids), batched together; results in the order of the prompts.
 
-        params: one for all or one for each. stop: strings that end a choice. Raises ValueError for a prompt that is empty, too
-        long, or has ids out of range; then none is run.
+        params: one for all or one for each. stop: strings that end a choice; include_stop: they belong to its text, and so do stop
+        tokens, of which special ones show unless skip_special_tokens. Raises ValueError for a prompt that is empty, too long, or
+        has ids out of range; then none is run.
         """
-        run = _Run(self, prompts, params, stop, ignore_eos)
+        reading = Reading(tuple(stop), include_stop=include_stop, show_special=not skip_special_tokens)
+        run = _Run(self, prompts, params, reading, ignore_eos)
         for _ in run.steps():
             pass
         return run.completions
 
     def stream(self, prompt: Prompt, params: SamplingParams = DEFAULT_PARAMS, *, stop: Sequence[str] = ()) -> Iterator[Progress]:
         """Complete one prompt, text by text as it comes. Closing the iterator ends the generation."""
-        yield from _Run(self, [prompt], params, stop, ignore_eos=False).steps()
+        yield from _Run(self, [prompt], params, Reading(tuple(stop)), ignore_eos=False).steps()
 
     def stats(self) -> EngineStats:
         """Gauges of the engine."""
@@ -116,7 +121,7 @@ class LLM:
 
     def with_eos(self, params: SamplingParams) -> SamplingParams:
         """`params` with the model's end-of-sequence ids among the stop tokens."""
-        return msgspec.structs.replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *self._eos))))
+        return replace(params, stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *self._eos))))
 
 
 class _Run:
@@ -127,7 +132,7 @@ class _Run:
         llm: LLM,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams],
-        stop: Sequence[str],
+        reading: Reading,
         ignore_eos: bool,
     ) -> None:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
@@ -138,18 +143,17 @@ class _Run:
         self._choices: dict[tuple[str, int], tuple[int, Choice]] = {}
         requests: list[Request] = []
         for number, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
-            asked = frozenset(own.stop_token_ids)
             own = own if ignore_eos else llm.with_eos(own)
             request = _request(llm.next_id(), llm.prepared(prompt), own)
             impossible = llm.batcher.why_impossible(request)
             if impossible is not None:
                 raise ValueError(f"prompt {number}: {impossible}")
             requests.append(request)
-            self.completions.append(
-                Completion(prompt if isinstance(prompt, str) else None, request.prompt, [Output() for _ in range(own.n)])
-            )
+            text = prompt if isinstance(prompt, str) else None
+            told: list[TokenLogprobs | None] | None = None if own.prompt_logprobs is None else [None]
+            self.completions.append(Completion(text, request.prompt, [Output() for _ in range(own.n)], told))
             for choice in range(own.n):
-                reader = Choice(llm.tokenizer.vocabulary, request.prompt, stop, frozenset(own.stop_token_ids), asked)
+                reader = Choice(llm.tokenizer.vocabulary, request.prompt, own, reading)
                 self._choices[request.id, choice] = (number, reader)
         self._requests = requests
 
@@ -164,7 +168,9 @@ class _Run:
                 plan = batcher.schedule(time.monotonic())
                 assert plan is not None, "requests wait, but nothing can run"
                 for delta in batcher.update(runner.execute(plan)):
-                    choice_delta = ChoiceDelta(delta.choice, delta.tokens, delta.logprobs, delta.finish)
+                    choice_delta = ChoiceDelta(
+                        delta.choice, delta.tokens, delta.logprobs, delta.finish, prompt_logprobs=delta.prompt_logprobs
+                    )
                     number, text = self._feed(delta.request, choice_delta)
                     if text:
                         yield Progress(number, delta.choice, text)
@@ -174,6 +180,9 @@ class _Run:
 
     def _feed(self, request: str, delta: ChoiceDelta) -> tuple[int, str]:
         number, reader = self._choices[request, delta.choice]
+        told = self.completions[number].prompt_logprobs
+        if told is not None:
+            told += delta.prompt_logprobs
         reader.feed(delta)
         gained = reader.take()
         output = self.completions[number].outputs[delta.choice]

@@ -15,12 +15,12 @@ Vocabulary
 
 from typing import Literal
 
-import msgspec
+from cluster.structs import Struct
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
-class Wire(msgspec.Struct, array_like=True):
+class Wire(Struct, array_like=True):
     """Base of all structs below. Treated as immutable once sent or received."""
 
 
@@ -53,6 +53,10 @@ class SamplingParams(Wire, kw_only=True):
     """None: no log-probabilities. k >= 0: that of the chosen token and of the k most likely ones."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a choice (end-of-sequence ids included by the router, unless ignore_eos). They are emitted as its last."""
+    prompt_logprobs: int | None = None
+    """As logprobs, of the prompt's own tokens, the first excepted: nothing comes before it. max_tokens may then be 0."""
+    min_tokens: int = 0
+    """Until so many tokens of a choice were generated, its stop tokens can't be drawn, nor does a stop string end it."""
 
 
 class Request(Wire, kw_only=True):
@@ -72,6 +76,8 @@ class Request(Wire, kw_only=True):
     """Seconds from receipt after which nobody waits for the answer."""
     cache_salt: str = ""
     """Requests share cached prefixes only with requests of the same salt."""
+    scored: int = 1
+    """With params.prompt_logprobs: those of the prompt positions before this one were delivered by earlier attempts."""
 
 
 class Submit(Wire, tag=True):
@@ -98,6 +104,8 @@ class TokenLogprobs(Wire):
     logprob: float
     top_ids: list[int]
     top_logprobs: list[float]
+    rank: int | None = None
+    """1 for the likeliest token, equal ones sharing a rank. Of prompt tokens only."""
 
 
 class TokenDelta(Wire, kw_only=True):
@@ -113,6 +121,9 @@ class TokenDelta(Wire, kw_only=True):
     finish: FinishReason | None = None
     queued_s: float | None = None
     """With the first delta of a choice: seconds from receipt by the engine to its first launched plan."""
+    prompt_index: int = 0
+    prompt_logprobs: list[TokenLogprobs] = []
+    """News of the request rather than of the choice: prompt positions [prompt_index, prompt_index + len(prompt_logprobs))."""
 
 
 class Deltas(Wire, tag=True):
@@ -324,6 +335,8 @@ class Chunk(Wire):
     sequence, and where the worker that samples is the one that embeds."""
     sample: bool
     """Draw a token from the logits of the last position."""
+    scores: tuple[int, int] | None = None
+    """[first, end): prompt positions whose log-probabilities are wanted; the logits one position before tell each of them."""
 
 
 class StepPlan(Wire, tag=True, kw_only=True):
@@ -349,6 +362,14 @@ class ChunkResult(Wire):
     logprobs: list[TokenLogprobs]
 
 
+class PromptScores(Wire):
+    """Of one chunk with `scores`: the log-probabilities of its prompt positions, from `first` on."""
+
+    seq: int
+    first: int
+    logprobs: list[TokenLogprobs]
+
+
 class StepResult(Wire, tag=True, kw_only=True):
     """Last stage -> engine."""
 
@@ -358,6 +379,7 @@ class StepResult(Wire, tag=True, kw_only=True):
     compute_s: float = 0.0
     error: str | None = None
     """A worker's exception: the epoch is over."""
+    scores: list[PromptScores] = []
 
 
 # --- life-cycle of workers: engine <-> workers ---------------------------------------------------------------------

@@ -2,7 +2,30 @@
 
 from dataclasses import dataclass
 
-from cluster.protocol import FinishReason, Request, SamplingParams
+from cluster.protocol import FinishReason, NewSequence, PromptScores, Request, SamplingParams, TokenDelta
+
+
+@dataclass(eq=False)
+class Scoring:
+    """How far a request's prompt log-probabilities are asked for. Its sequences share it: who computes a position tells it."""
+
+    reached: int
+    """Prompt positions before it are delivered, or will be by launched plans."""
+    end: int
+    """The prompt's length; 0 if no log-probabilities are wanted."""
+
+    @property
+    def complete(self) -> bool:
+        """Nothing is left to ask for."""
+        return self.reached >= self.end
+
+    def take(self, computed: int) -> tuple[int, int] | None:
+        """[first, end): what a chunk that computes up to position `computed` is to tell; None if nobody waits for any of it.
+
+        Logits tell the position after their own. Every sequence begins at 0 while this is not complete, so none leaves a gap.
+        """
+        first, self.reached = self.reached, max(self.reached, min(computed + 1, self.end))
+        return (first, self.reached) if first < self.reached else None
 
 
 @dataclass(eq=False)
@@ -15,6 +38,7 @@ class Sequence:
     emitted: list[int]
     """Generated tokens, those of earlier attempts included."""
     received_at: float
+    scoring: Scoring
     num_computed: int = 0
     """Positions whose KV is valid or will be once all launched plans have run."""
     in_flight: int = 0
@@ -52,3 +76,36 @@ class Sequence:
     def order(self) -> tuple[float, int]:
         """First come first served."""
         return (self.received_at, self.seq)
+
+    def introduction(self) -> NewSequence:
+        """What workers must know of it."""
+        return NewSequence(choice=self.choice, prompt=self.request.prompt, emitted=list(self.emitted), params=self.params)
+
+    def news(self, scores: PromptScores | None) -> TokenDelta:
+        """A delta with `scores` and, so far, no tokens."""
+        first = len(self.emitted) == len(self.request.emitted[self.choice])
+        return TokenDelta(
+            request=self.request.id,
+            attempt=self.request.attempt,
+            choice=self.choice,
+            index=len(self.emitted),
+            tokens=[],
+            queued_s=self.started_at - self.received_at if first and self.started_at is not None else None,
+            prompt_index=scores.first if scores is not None else 0,
+            prompt_logprobs=scores.logprobs if scores is not None else [],
+        )
+
+
+def why_impossible(request: Request, limit: int) -> str | None:
+    """The reason why `request` could never run where sequences hold `limit` tokens, or None."""
+    params, emitted = request.params, request.emitted
+    if len(request.prompt) + params.max_tokens > limit:
+        asked = f"prompt ({len(request.prompt)}) and max_tokens ({params.max_tokens})"
+        return f"{asked} exceed the {limit} tokens that fit here"
+    if not request.prompt or params.n < 1 or params.max_tokens < 0:
+        return "there is nothing to compute: prompt and n must be at least 1, and max_tokens 0"
+    if len(emitted) != params.n or len(request.finished) != params.n or all(request.finished):
+        return f"emitted and finished must speak of {params.n} choices, of which one at least still runs"
+    if any(len(e) >= max(1, params.max_tokens) and not f for e, f in zip(emitted, request.finished, strict=True)):
+        return "a choice that still runs has all of its max_tokens"
+    return None

@@ -1,5 +1,7 @@
 """The HTTP interface: OpenAI's endpoints, health and metrics. No Ray in here; router/app.py puts it behind Serve."""
 
+import asyncio
+import importlib.metadata
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +13,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from router.errors import ApiError, as_api_error
-from router.formats import ChatFormat, CompletionFormat
+from router.formats import ChatFormat, CompletionFormat, Shown
 from router.generation import Generator
 from router.metrics import RouterMetrics, render
 from router.prepare import Preparer, ServedModel, new_id, unknown_model
 from router.replies import StreamReply, WholeReply
-from router.responses import Health, Model, ModelList
+from router.responses import Detokenized, Health, Model, ModelList, Tokenized, Version
 from router.run import Run
-from router.schemas import ChatRequest, CompletionRequest, parse
+from router.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, GenerationRequest, TokenizeRequest, parse
 from router.tokenizer import Tokenizer
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -42,40 +44,41 @@ def build_api(generator: Generator, tokenizer: Tokenizer, model: ServedModel, me
 
     preparer = Preparer(model, tokenizer, context)
 
-    def reply(run: Run, form: CompletionFormat | ChatFormat, stream: bool, include_usage: bool) -> Response:
-        return StreamReply(run, form, include_usage) if stream else WholeReply(run, form)
+    def reply(run: Run, form: CompletionFormat | ChatFormat, asked: GenerationRequest) -> Response:
+        return StreamReply(run, form, asked.include_usage) if asked.stream else WholeReply(run, form)
 
     @app.post("/v1/completions", openapi_extra=_body_of("CompletionRequest"))
     async def completions(request: Request) -> Response:
         asked = parse(CompletionRequest, await _body(request))
         id = new_id("cmpl")
         run = Run(await preparer.completion(asked, id), generator, tokenizer.vocabulary, metrics)
-        form = CompletionFormat(
-            id,
-            int(time.time()),
-            model.name,
-            tokenizer.vocabulary,
-            logprobs=asked.logprobs is not None,
-            token_ids=asked.return_token_ids,
-            usage=asked.include_usage,
-        )
-        return reply(run, form, asked.stream, asked.include_usage)
+        shown = Shown(asked.logprobs, asked.prompt_logprobs, asked.return_token_ids, asked.include_usage, asked.echo)
+        return reply(run, CompletionFormat(id, int(time.time()), model.name, tokenizer.vocabulary, shown), asked)
 
     @app.post("/v1/chat/completions", openapi_extra=_body_of("ChatRequest"))
     async def chat_completions(request: Request) -> Response:
         asked = parse(ChatRequest, await _body(request))
         id = new_id("chatcmpl")
         run = Run(await preparer.chat(asked, id), generator, tokenizer.vocabulary, metrics)
-        form = ChatFormat(
-            id,
-            int(time.time()),
-            model.name,
-            tokenizer.vocabulary,
-            logprobs=asked.logprobs,
-            token_ids=asked.return_token_ids,
-            usage=asked.include_usage,
-        )
-        return reply(run, form, asked.stream, asked.include_usage)
+        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+        shown = Shown(logprobs, asked.prompt_logprobs, asked.return_token_ids, asked.include_usage)
+        return reply(run, ChatFormat(id, int(time.time()), model.name, tokenizer.vocabulary, shown), asked)
+
+    @app.post("/tokenize", openapi_extra=_body_of("TokenizeRequest"))
+    async def tokenize(request: Request) -> Response:
+        asked = parse(TokenizeRequest, await _body(request))
+        tokens = await preparer.tokens(asked)
+        strings = [tokenizer.vocabulary.token_string(token) for token in tokens] if asked.return_token_strs else None
+        return _json(Tokenized(count=len(tokens), max_model_len=context(), tokens=tokens, token_strs=strings))
+
+    @app.post("/detokenize", openapi_extra=_body_of("DetokenizeRequest"))
+    async def detokenize(request: Request) -> Response:
+        asked = parse(DetokenizeRequest, await _body(request))
+        return _json(Detokenized(await asyncio.to_thread(preparer.text, asked)))
+
+    @app.get("/version")
+    async def version() -> Response:
+        return _json(Version(_version()))
 
     @app.get("/v1/models")
     async def list_models() -> Response:
@@ -126,6 +129,13 @@ def _json(content: msgspec.Struct, status: int = 200) -> Response:
     return Response(msgspec.json.encode(content), status, media_type="application/json")
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("rayline")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        return "unknown"
+
+
 def _answer_errors(app: FastAPI) -> None:
     """Every error in OpenAI's shape: ours, the router's (404, 405), and what nobody foresaw."""
 
@@ -165,7 +175,8 @@ def _describe_bodies(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         document = generate()
         _, schemas = models_json_schema(
-            [(CompletionRequest, "validation"), (ChatRequest, "validation")], ref_template="#/components/schemas/{model}"
+            [(schema, "validation") for schema in (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)],
+            ref_template="#/components/schemas/{model}",
         )
         document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
         return document

@@ -16,6 +16,7 @@ from cluster.launch import ensure_cluster
 from cluster.model import open_model
 from cluster.protocol import RouterMessage
 from router.api import build_api
+from router.disconnect import Disconnecting
 from router.dispatcher import Dispatcher
 from router.metrics import RouterMetrics
 from router.prepare import ServedModel
@@ -52,7 +53,9 @@ class Router:
             timeout_s=config.request_timeout_s,
             root=config.model,
         )
-        return build_api(self._dispatcher, self._tokenizer, model, self._metrics)
+        api = build_api(self._dispatcher, self._tokenizer, model, self._metrics)
+        api.add_middleware(Disconnecting)
+        return api
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises."""

@@ -1,13 +1,29 @@
 """One of a request's outputs: what its tokens say, until it ends."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cluster.protocol import TokenLogprobs
+from cluster.protocol import SamplingParams, TokenLogprobs
 from router.detokenizer import Detokenizer, StopFinder
 from router.generation import ChoiceDelta
 from router.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the tokens of an output are read as text, and where that ends."""
+
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    """What ends a choice, a stop string or a stop token, belongs to its text."""
+    show_special: bool = False
+    """Special tokens show by their names."""
+    asked_stops: frozenset[int] = frozenset()
+    """Stop tokens named by the user, as apart from the model's own end of sequence."""
+    echo: bool = False
+    """The prompt stands before the output."""
 
 
 @dataclass
@@ -38,24 +54,25 @@ class Increment:
 class Choice:
     """Feeds on deltas, gives increments. Once it has finished, further deltas are dropped: nobody asked for what they say."""
 
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        prompt: Sequence[int],
-        stops: Sequence[str],
-        silent: frozenset[int],
-        asked_stops: frozenset[int],
-    ) -> None:
-        """`silent` tokens end the choice and leave no text; `asked_stops` are those of them that the user named."""
-        self._detokenizer = Detokenizer(vocabulary, prompt)
-        self._finder = StopFinder(stops)
-        self._silent = silent
-        self._asked_stops = asked_stops
+    def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int], params: SamplingParams, reading: Reading) -> None:
+        self._detokenizer = Detokenizer(vocabulary, prompt, show_special=reading.show_special, echoed=reading.echo)
+        self._finder = StopFinder(reading.stops, include=reading.include_stop)
+        self._reading = reading
+        self._stop_tokens = frozenset(params.stop_token_ids)
+        self._min_tokens = params.min_tokens
         self._characters = 0
         self._text: list[str] = []
         self._gained = Increment()
         self.finish: Literal["stop", "length"] | None = None
         self.num_tokens = 0
+        self.logprob = 0.0
+        """Of all its tokens together, where each came with its own."""
+
+    @property
+    def mean_logprob(self) -> float:
+        """Log-probability per token; that of no tokens, and what isn't a number, is the least there is."""
+        mean = self.logprob / self.num_tokens if self.num_tokens else -math.inf
+        return -math.inf if math.isnan(mean) else mean
 
     def feed(self, delta: ChoiceDelta) -> None:
         """Take the tokens in, up to the one that completes a stop string."""
@@ -64,13 +81,16 @@ class Choice:
             if self.finish is not None:
                 return
             self.num_tokens += 1
+            self._finder.armed = self.num_tokens > self._min_tokens
             self._gained.tokens.append(token)
             if delta.logprobs:
+                self.logprob += delta.logprobs[i].logprob
                 self._gained.logprobs.append(delta.logprobs[i])
                 self._gained.offsets.append(self._characters)
-            if i == last and delta.finish == "stop" and token in self._silent:
-                self._gained.stop_reason = token if token in self._asked_stops else None
-            else:
+            ends = i == last and delta.finish == "stop" and token in self._stop_tokens
+            if ends:
+                self._gained.stop_reason = token if token in self._reading.asked_stops else None
+            if not ends or self._reading.include_stop:
                 self._add(self._detokenizer.feed(token))
         if delta.finish is not None and self.finish is None:
             self._add(self._detokenizer.flush())

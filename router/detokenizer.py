@@ -17,16 +17,20 @@ class Detokenizer:
     output's first space is kept, unless the prompt had no text.
     """
 
-    def __init__(self, vocabulary: Vocabulary, prompt: Sequence[int] = ()) -> None:
-        self._vocabulary = vocabulary
+    def __init__(
+        self, vocabulary: Vocabulary, prompt: Sequence[int] = (), *, show_special: bool = False, echoed: bool = False
+    ) -> None:
+        """show_special: special tokens show by their names. echoed: the prompt is part of the text, so that an unfinished character
+        at its end has to show as well."""
+        self._bytes_of = vocabulary.token_bytes if show_special else vocabulary.text_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._decoder.decode(b"".join(vocabulary.text_bytes(token) for token in prompt[-_CONTEXT:]))
-        self._strip = 0 if any(vocabulary.text_bytes(token) for token in prompt) else vocabulary.leading_spaces
-        self._fed = False
+        self._decoder.decode(b"".join(self._bytes_of(token) for token in prompt[-_CONTEXT:]))
+        self._strip = 0 if any(self._bytes_of(token) for token in prompt) else vocabulary.leading_spaces
+        self._fed = echoed
 
     def feed(self, token: int) -> str:
         """The text that became certain with this token."""
-        data = self._vocabulary.text_bytes(token)
+        data = self._bytes_of(token)
         if not data:
             return ""
         if self._strip:
@@ -53,7 +57,11 @@ class StopFinder:
     is also how much text has to be held back.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """include: the stop string belongs to the text."""
+        self._include = include
+        self.armed = True
+        """While not, a stop string that becomes complete is text like any other."""
         self._stops = sorted(stops, key=len, reverse=True)
         self._borders = [_borders(stop) for stop in self._stops]
         self._matched = [0] * len(self._stops)
@@ -63,7 +71,7 @@ class StopFinder:
         """The stop string that ended the text."""
 
     def feed(self, text: str) -> str:
-        """The text that is certain to come before any stop string. Nothing after one was found."""
+        """The text that is certain to come before any stop string (or with it). Nothing after one was found."""
         if self.found is not None or not text:
             return ""
         if not self._held and self._first.isdisjoint(text):
@@ -73,7 +81,7 @@ class StopFinder:
                 self.found = stop
                 text = self._held + text[: i + 1]
                 self._held = ""
-                return text[: len(text) - len(stop)]
+                return text if self._include else text[: len(text) - len(stop)]
         text = self._held + text
         certain = len(text) - max(self._matched)
         self._held = text[certain:]
@@ -92,7 +100,9 @@ class StopFinder:
             if stop[matched] == character:
                 matched += 1
             if matched == len(stop):
-                return stop
+                if self.armed:
+                    return stop
+                matched = self._borders[i][matched]
             self._matched[i] = matched
         return None
 

@@ -32,7 +32,9 @@ class ChoiceDelta:
     """As long as tokens where params.logprobs is set, else empty."""
     finish: FinishReason | None = None
     queued_s: float | None = None
-    """With the generation's first tokens: seconds it waited, in the cluster's queue and the engine's, for its first iteration."""
+    """With the generation's first news: seconds it waited, in the cluster's queue and the engine's, for its first iteration."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """With params.prompt_logprobs: of the next prompt positions, from 1 on. All come before the first token of any choice."""
 
 
 class Overloaded(Exception):

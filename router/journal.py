@@ -78,6 +78,8 @@ class _Entry:
     strikes: int = 0
     emitted: list[list[int]] = field(default_factory=list)
     finished: list[bool] = field(default_factory=list)
+    scored: int = 1
+    """Prompt positions whose log-probabilities the reader has, the first included, which has none."""
 
     @property
     def id(self) -> str:
@@ -90,6 +92,33 @@ class _Entry:
     @property
     def done(self) -> bool:
         return all(self.finished)
+
+    def fits(self, delta: TokenDelta) -> bool:
+        """Whether nothing is missing between what the reader has and `delta`."""
+        if delta.prompt_logprobs and delta.prompt_index > self.scored:
+            return False
+        if self.finished[delta.choice]:
+            return True
+        scored = max(self.scored, delta.prompt_index + len(delta.prompt_logprobs))
+        generation = self.generation
+        complete = generation.params.prompt_logprobs is None or scored >= len(generation.prompt)
+        return delta.index <= len(self.emitted[delta.choice]) and (complete or not (delta.tokens or delta.finish))
+
+    def take(self, delta: TokenDelta) -> ChoiceDelta | None:
+        """What is new in a `delta` that fits; None if the reader has it all."""
+        choice = delta.choice
+        scores = delta.prompt_logprobs[self.scored - delta.prompt_index :]
+        over = self.finished[choice]
+        known = len(self.emitted[choice]) - delta.index
+        tokens, logprobs, finish = ([], [], None) if over else (delta.tokens[known:], delta.logprobs[known:], delta.finish)
+        if not tokens and not scores and finish is None:
+            return None
+        queued_s = None if self.begun or delta.queued_s is None else self.waited_s + delta.queued_s
+        self.begun = True
+        self.scored += len(scores)
+        self.emitted[choice].extend(tokens)
+        self.finished[choice] = over or finish is not None
+        return ChoiceDelta(choice, tokens, logprobs, finish, queued_s, scores)
 
     def bound_to(self, engine: str, epoch: int) -> bool:
         return self.placement is not None and (self.placement.engine, self.placement.epoch) == (engine, epoch)
@@ -190,17 +219,13 @@ class Journal:
         lost: dict[str, _Entry] = {}
         for delta in message.deltas:
             entry = self._entry(delta.request, delta.attempt)
-            if entry is None or not entry.bound_to(message.engine, message.epoch) or entry.finished[delta.choice]:
+            if entry is None or not entry.bound_to(message.engine, message.epoch):
                 continue
-            if delta.index > len(entry.emitted[delta.choice]):
+            if not entry.fits(delta):
                 lost[entry.id] = entry
                 continue
-            queued_s = None if entry.begun or delta.queued_s is None else entry.waited_s + delta.queued_s
-            fresh = _fresh(delta, len(entry.emitted[delta.choice]), queued_s)
+            fresh = entry.take(delta)
             if fresh is not None:
-                entry.begun = True
-                entry.emitted[delta.choice].extend(fresh.tokens)
-                entry.finished[delta.choice] = fresh.finish is not None
                 by_id.setdefault(entry.id, []).append(fresh)
         for id, deltas in by_id.items():
             self._news.append(News(id, deltas))
@@ -229,6 +254,7 @@ class Journal:
             params=entry.generation.params,
             deadline_s=max(0.0, entry.deadline - now),
             cache_salt=entry.generation.cache_salt,
+            scored=entry.scored,
         )
         self._messages.append(Send(placement.address, Submit(placement.epoch, request)))
 
@@ -303,12 +329,3 @@ class Journal:
 
     def _to_scheduler(self, message: SchedulerMessage) -> None:
         self._messages.append(Send(self.config.scheduler, message))
-
-
-def _fresh(delta: TokenDelta, reached: int, queued_s: float | None) -> ChoiceDelta | None:
-    """The part of `delta` beyond the `reached` tokens that the client has; None if there is none."""
-    skip = reached - delta.index
-    tokens = delta.tokens[skip:]
-    if not tokens and delta.finish is None:
-        return None
-    return ChoiceDelta(delta.choice, tokens, delta.logprobs[skip:], delta.finish, queued_s)

@@ -4,13 +4,17 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 from uuid import uuid4
 
 from cluster.protocol import SamplingParams
+from router.choice import Reading
+from router.detokenizer import Detokenizer
 from router.errors import ApiError, bad_request
 from router.generation import Generation
+from router.prompt import Prompt, echoed
 from router.run import Job
-from router.schemas import ChatRequest, CompletionRequest, GenerationRequest, Message
+from router.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, GenerationRequest, Message, TokenizeRequest
 from router.tokenizer import Tokenizer
 
 GREEDY_BELOW = 1e-5
@@ -51,27 +55,28 @@ class Preparer:
 
     async def completion(self, request: CompletionRequest, request_id: str) -> Job:
         """The job of a /v1/completions request: one generation per prompt."""
-        self._check_model(request)
-        prompts = [
-            await self._tokenizer.encode(prompt, request.add_special_tokens) if isinstance(prompt, str) else prompt
-            for prompt in request.prompt
-        ]
-        for prompt in prompts:
-            self._check_tokens(prompt, "prompt")
+        self._check_model(request.model)
+        for text in request.prompt:
+            if isinstance(text, str):
+                self._check_length(text, "prompt")
+        prompts = [await self._prompt(request, prompt) for prompt in request.prompt]
         size = ("max_tokens", request.max_tokens) if request.max_tokens is not None else ("prompt", None)
         return self._job(request, request_id, prompts, "prompt", size, DEFAULT_COMPLETION_TOKENS, request.logprobs)
 
+    async def _prompt(self, request: CompletionRequest, prompt: str | list[int]) -> Prompt:
+        text = prompt if isinstance(prompt, str) else None
+        tokens = await self._tokenizer.encode(prompt, request.add_special_tokens) if isinstance(prompt, str) else prompt
+        self._check_tokens(tokens, "prompt")
+        if not request.echo:
+            return Prompt(tokens)
+        return echoed(self._tokenizer.vocabulary, tokens, text, show_special=not request.skip_special_tokens)
+
     async def chat(self, request: ChatRequest, request_id: str) -> Job:
         """The job of a /v1/chat/completions request."""
-        self._check_model(request)
-        if not self._tokenizer.has_chat_template:
-            raise bad_request("messages", "The model has no chat template; use /v1/completions.", "no_chat_template")
-        messages = [_plain(message) for message in request.messages]
-        try:
-            text = self._tokenizer.render(messages, request.add_generation_prompt, request.chat_template_kwargs)
-        except ValueError as refusal:
-            raise bad_request("messages", f"The chat template refuses these messages: {refusal}") from None
-        prompt = await self._tokenizer.encode(text, add_special_tokens=False)
+        self._check_model(request.model)
+        text = self._rendered(request.messages, request.add_generation_prompt, request.chat_template_kwargs)
+        self._check_length(text, "messages")
+        prompt = Prompt(await self._tokenizer.encode(text, add_special_tokens=False))
         size: tuple[str, int | None] = ("messages", None)
         for name in ("max_completion_tokens", "max_tokens"):
             if (asked := getattr(request, name)) is not None:
@@ -80,11 +85,35 @@ class Preparer:
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         return self._job(request, request_id, [prompt], "messages", size, None, logprobs)
 
+    async def tokens(self, request: TokenizeRequest) -> list[int]:
+        """The answer to /tokenize. A text may be longer than the context: how much longer is what is asked."""
+        self._check_model(request.model)
+        if request.messages is None:
+            assert request.prompt is not None
+            return await self._tokenizer.encode(request.prompt, request.add_special_tokens in (None, True))
+        text = self._rendered(request.messages, request.add_generation_prompt, request.chat_template_kwargs)
+        return await self._tokenizer.encode(text, request.add_special_tokens is True)
+
+    def text(self, request: DetokenizeRequest) -> str:
+        """The answer to /detokenize: special tokens show by their names."""
+        self._check_model(request.model)
+        self._check_tokens(request.tokens, "tokens")
+        detokenizer = Detokenizer(self._tokenizer.vocabulary, show_special=True)
+        return "".join(map(detokenizer.feed, request.tokens)) + detokenizer.flush()
+
+    def _rendered(self, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
+        if not self._tokenizer.has_chat_template:
+            raise bad_request("messages", "The model has no chat template; use /v1/completions.", "no_chat_template")
+        try:
+            return self._tokenizer.render([_plain(message) for message in messages], add_generation_prompt, variables)
+        except ValueError as refusal:
+            raise bad_request("messages", f"The chat template refuses these messages: {refusal}") from None
+
     def _job(
         self,
         request: GenerationRequest,
         request_id: str,
-        prompts: list[list[int]],
+        prompts: list[Prompt],
         prompt_param: str,
         size: tuple[str, int | None],
         default_tokens: int | None,
@@ -96,23 +125,32 @@ class Preparer:
         generations = [
             Generation(
                 id=f"{request_id}-{number}",
-                prompt=prompt,
+                prompt=prompt.tokens,
                 params=self._params(
-                    request, self._max_tokens(len(prompt), prompt_param, size_param, asked, default_tokens), logprobs
+                    request, self._max_tokens(len(prompt.tokens), prompt_param, size_param, asked, default_tokens), logprobs
                 ),
                 timeout_s=self._model.timeout_s,
                 cache_salt=request.cache_salt,
             )
             for number, prompt in enumerate(prompts)
         ]
-        return Job(generations, request.stop, frozenset(request.stop_token_ids), size_param)
+        reading = Reading(
+            stops=request.stop,
+            include_stop=request.include_stop_str_in_output,
+            show_special=not request.skip_special_tokens,
+            asked_stops=frozenset(request.stop_token_ids),
+            echo=_echoes(request),
+        )
+        return Job(generations, prompts, reading, request.n if _ranks(request) else None, size_param)
 
     def _params(self, request: GenerationRequest, max_tokens: int, logprobs: int | None) -> SamplingParams:
+        if request.min_tokens > max_tokens:
+            raise bad_request("min_tokens", f"'min_tokens' is {request.min_tokens}, but at most {max_tokens} tokens are generated.")
         stops = dict.fromkeys((*request.stop_token_ids, *(() if request.ignore_eos else self._eos)))
         return SamplingParams(
             seed=secrets.randbits(64) if request.seed is None else request.seed % 2**64,
             max_tokens=max_tokens,
-            n=request.n,
+            n=request.choices,
             temperature=0.0 if request.temperature < GREEDY_BELOW else request.temperature,
             top_k=min(max(request.top_k, 0), self._model.vocab_size),
             top_p=request.top_p,
@@ -121,8 +159,10 @@ class Preparer:
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
             logit_bias=request.logit_bias,
-            logprobs=logprobs,
+            logprobs=0 if logprobs is None and _ranks(request) else logprobs,
             stop_token_ids=tuple(stops),
+            prompt_logprobs=_prompt_logprobs(request),
+            min_tokens=request.min_tokens,
         )
 
     def _max_tokens(self, prompt: int, prompt_param: str, size_param: str, asked: int | None, default: int | None) -> int:
@@ -130,7 +170,7 @@ class Preparer:
         room = limit - prompt
         if prompt == 0:
             raise bad_request(prompt_param, f"'{prompt_param}' has no tokens.")
-        if room < 1:
+        if room < (0 if asked == 0 else 1):
             raise _too_long(prompt_param, limit, f"the prompt has {prompt} tokens, which leaves none for the output")
         if asked is not None and asked > room:
             raise _too_long(size_param, limit, f"{asked} tokens of output were asked for on top of {prompt} of prompt")
@@ -138,9 +178,15 @@ class Preparer:
             return asked
         return room if default is None else min(default, room)
 
-    def _check_model(self, request: GenerationRequest) -> None:
-        if request.model is not None and request.model != self._model.name:
-            raise unknown_model(request.model)
+    def _check_model(self, name: str | None) -> None:
+        if name is not None and name != self._model.name:
+            raise unknown_model(name)
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse what can't fit before it is encoded: that takes more than a second a megabyte."""
+        limit, fewest = self._context(), self._tokenizer.fewest_tokens(text)
+        if fewest > limit:
+            raise _too_long(param, limit, f"the prompt has at least {fewest} tokens")
 
     def _check_tokens(self, tokens: "list[int] | dict[int, float]", param: str) -> None:
         if tokens and (min(tokens) < 0 or max(tokens) >= self._model.vocab_size):
@@ -161,6 +207,23 @@ def new_id(prefix: str) -> str:
 def _plain(message: Message) -> dict[str, str]:
     turn = {"role": message.role, "content": message.content}
     return turn if message.name is None else {**turn, "name": message.name}
+
+
+def _echoes(request: GenerationRequest) -> bool:
+    return isinstance(request, CompletionRequest) and request.echo
+
+
+def _ranks(request: GenerationRequest) -> bool:
+    """The answer's choices are ordered by their log-probabilities."""
+    return request.choices > 1 and request.best_of is not None
+
+
+def _prompt_logprobs(request: GenerationRequest) -> int | None:
+    """As many as either prompt_logprobs or an echo with logprobs tells."""
+    asked = [request.prompt_logprobs]
+    if isinstance(request, CompletionRequest) and request.echo:
+        asked.append(request.logprobs)
+    return max((count for count in asked if count is not None), default=None)
 
 
 def _too_long(param: str, limit: int, what: str) -> ApiError:

@@ -61,7 +61,7 @@ class WholeReply(Reply):
             async for news in increments:
                 for index, increment in news:
                     gained[index].append(increment)
-        outputs = [(self._run.prompt_of(index), Increment.joined(parts)) for index, parts in enumerate(gained)]
+        outputs = [(self._run.prompt_of(index), Increment.joined(gained[index])) for index in self._run.chosen()]
         return msgspec.json.encode(self._format.whole(outputs, self._usage()))
 
 

@@ -9,6 +9,17 @@ TokenIds = list[int] | UnsetType
 """Present only where the request set return_token_ids."""
 
 
+class PromptLogprob(Struct):
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None] | UnsetType
+"""As vLLM tells them: per prompt token its own entry, then those of the likeliest ones; null for the first token. Present only
+where the request set prompt_logprobs."""
+
+
 class Usage(Struct):
     prompt_tokens: int
     completion_tokens: int
@@ -17,9 +28,9 @@ class Usage(Struct):
 
 class CompletionLogprobs(Struct):
     text_offset: list[int]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     tokens: list[str]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
 
 
 class CompletionChoice(Struct, kw_only=True):
@@ -30,6 +41,7 @@ class CompletionChoice(Struct, kw_only=True):
     stop_reason: str | int | None = None
     prompt_token_ids: TokenIds = UNSET
     token_ids: TokenIds = UNSET
+    prompt_logprobs: PromptLogprobs = UNSET
 
 
 class Completion(Struct, kw_only=True):
@@ -108,6 +120,7 @@ class ChatCompletion(Struct, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: TokenIds = UNSET
+    prompt_logprobs: PromptLogprobs = UNSET
 
 
 class Model(Struct, kw_only=True):
@@ -123,6 +136,21 @@ class Model(Struct, kw_only=True):
 class ModelList(Struct, kw_only=True):
     object: str = "list"
     data: list[Model]
+
+
+class Tokenized(Struct, kw_only=True):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class Detokenized(Struct):
+    prompt: str
+
+
+class Version(Struct):
+    version: str
 
 
 class Health(Struct, kw_only=True):

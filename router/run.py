@@ -6,21 +6,24 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from router.choice import Choice, Increment
+from router.choice import Choice, Increment, Reading
 from router.generation import ChoiceDelta, Generation, Generator
 from router.metrics import RouterMetrics
+from router.prompt import Prompt
 from router.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
 class Job:
-    """A validated request: what is to be generated and how its end is recognized."""
+    """A validated request: what is to be generated and how it is read."""
 
     generations: list[Generation]
     """One per prompt, alike but for id, prompt, seed and max_tokens."""
-    stops: tuple[str, ...] = ()
-    asked_stops: frozenset[int] = frozenset()
-    """Stop tokens named by the user, as apart from the model's own end of sequence."""
+    prompts: list[Prompt]
+    """Those of the generations."""
+    reading: Reading
+    keep: int | None = None
+    """Of each prompt's choices the client gets so many, the likeliest (best_of). None: all, in their order."""
     size_param: str = "prompt"
     """The parameter to blame where no engine is large enough."""
 
@@ -43,7 +46,7 @@ class Run:
         self._start = clock()
         self._n = job.generations[0].params.n
         self._choices = [
-            Choice(vocabulary, generation.prompt, job.stops, frozenset(generation.params.stop_token_ids), job.asked_stops)
+            Choice(vocabulary, generation.prompt, generation.params, job.reading)
             for generation in job.generations
             for _ in range(self._n)
         ]
@@ -70,9 +73,20 @@ class Run:
         """Tokens generated so far, those that ended a choice included, those after a stop string not."""
         return sum(choice.num_tokens for choice in self._choices)
 
-    def prompt_of(self, index: int) -> list[int]:
+    def prompt_of(self, index: int) -> Prompt:
         """The prompt that choice `index` continues."""
-        return self._job.generations[index // self._n].prompt
+        return self._job.prompts[index // self._n]
+
+    def chosen(self) -> list[int]:
+        """Numbers of the choices that the client gets, in that order. Call when all have finished."""
+        keep = self._n if self._job.keep is None else self._job.keep
+        numbers: list[int] = []
+        for begin in range(0, len(self._choices), self._n):
+            own = list(range(begin, begin + self._n))
+            if self._job.keep is not None:
+                own.sort(key=lambda number: -self._choices[number].mean_logprob)
+            numbers += own[:keep]
+        return numbers
 
     async def increments(self) -> AsyncGenerator[list[tuple[int, Increment]], None]:
         """News of the choices (by number) as they come, until all have finished; an empty list once all is accepted.
@@ -103,10 +117,11 @@ class Run:
         for delta in deltas:
             index = prompt * self._n + delta.choice
             choice = self._choices[index]
-            if choice.finish is not None:
-                continue
+            self._job.prompts[prompt].scores += delta.prompt_logprobs
             if delta.queued_s is not None:
                 self._metrics.queued(delta.queued_s)
+            if choice.finish is not None:
+                continue
             if delta.finish in ("cancelled", "error"):
                 raise RuntimeError(f"{self._job.generations[prompt].id}: choice {delta.choice} ended with '{delta.finish}'")
             before = choice.num_tokens

@@ -20,6 +20,9 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_TOKENS = 128
 MAX_BIASES = 1024
+MAX_REPETITION = 10.0
+"""A tenth of a logit, or ten times as much, already all but forces or forbids a token; far beyond, logits overflow fp32
+to infinities, of which softmax makes no numbers."""
 
 Prompts = list[str] | list[list[int]]
 _Body = TypeVar("_Body", bound=BaseModel)
@@ -133,6 +136,8 @@ class GenerationRequest(_Strict):
     model: str | None = None
     """The served model's name; there is only one, so it may be left out."""
     n: int = Field(1, ge=1, le=MAX_CHOICES)
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    """So many choices are generated; the `n` with the highest mean log-probability per token are the answer, best first."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float = Field(1.0, ge=0, le=100)
@@ -140,15 +145,21 @@ class GenerationRequest(_Strict):
     top_k: int = Field(0, ge=-1)
     """0 and -1: off."""
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    repetition_penalty: float = Field(1.0, ge=1 / MAX_REPETITION, le=MAX_REPETITION)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: Annotated[dict[int, float], PlainValidator(_biases), WithJsonSchema(_BIAS_SCHEMA)] = {}
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=0)
+    """0 where only the prompt is asked about (prompt_logprobs, echo)."""
+    min_tokens: int = Field(0, ge=0)
+    """Neither a stop token nor a stop string ends a choice before so many tokens."""
     stop: Annotated[tuple[str, ...], PlainValidator(_stops), WithJsonSchema(_STOP_SCHEMA)] = ()
     stop_token_ids: list[int] = Field([], max_length=MAX_STOP_TOKENS)
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool = False
     cache_salt: str = ""
 
@@ -163,12 +174,7 @@ class GenerationRequest(_Strict):
     prompt_cache_options: Any = None
 
     # Refused.
-    best_of: int | None = None
     use_beam_search: Annotated[Any, _refused(False)] = None
-    min_tokens: Annotated[Any, _refused(0)] = None
-    prompt_logprobs: Annotated[Any, _refused()] = None
-    include_stop_str_in_output: Annotated[Any, _refused(False)] = None
-    skip_special_tokens: Annotated[Any, _refused(True)] = None
     spaces_between_special_tokens: Annotated[Any, _refused(True)] = None
     truncate_prompt_tokens: Annotated[Any, _refused()] = None
     return_tokens_as_token_ids: Annotated[Any, _refused(False)] = None
@@ -185,9 +191,25 @@ class GenerationRequest(_Strict):
     def _consistent(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
             raise _of("stream_options", "is only allowed when 'stream' is true")
-        if self.best_of is not None and self.best_of != self.n:
-            raise _of("best_of", "is not supported, unless it is equal to 'n'")
+        if self.best_of is not None and self.best_of < self.n:
+            raise _of("best_of", "must be at least 'n'")
+        if self.best_of is not None and self.best_of > 1 and self.stream:
+            raise _of("best_of", "is not available when 'stream' is true: which choices are best is known at the end")
+        if self.prompt_logprobs is not None and self.stream:
+            raise _of("prompt_logprobs", "is not available when 'stream' is true")
+        if self.max_tokens == 0 and not self.about_prompt:
+            raise _of("max_tokens", "must be at least 1 where nothing is asked about the prompt")
         return self
+
+    @property
+    def about_prompt(self) -> bool:
+        """The answer tells of the prompt, so that it may be without output."""
+        return self.prompt_logprobs is not None
+
+    @property
+    def choices(self) -> int:
+        """How many are generated for each prompt."""
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def include_usage(self) -> bool:
@@ -202,15 +224,22 @@ class CompletionRequest(GenerationRequest):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
     """Let the tokenizer put its special tokens around a text prompt."""
-    echo: Annotated[Any, _refused(False)] = None
+    echo: bool = False
+    """The prompt's text before the output's, its tokens' log-probabilities before the output's."""
     suffix: Annotated[Any, _refused("")] = None
     prompt_embeds: Annotated[Any, _refused()] = None
 
     @model_validator(mode="after")
     def _bounded(self) -> "CompletionRequest":
-        if len(self.prompt) * self.n > MAX_OUTPUTS:
-            raise _of("n", f"times the number of prompts is more than {MAX_OUTPUTS}")
+        if len(self.prompt) * self.choices > MAX_OUTPUTS:
+            param = "n" if self.best_of is None else "best_of"
+            raise _of(param, f"times the number of prompts is more than {MAX_OUTPUTS}")
         return self
+
+    @property
+    def about_prompt(self) -> bool:
+        """The answer tells of the prompt, so that it may be without output."""
+        return self.echo or self.prompt_logprobs is not None
 
 
 class Message(_Strict):
@@ -232,7 +261,7 @@ class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=0)
     """The newer name of max_tokens; wins over it."""
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -263,7 +292,39 @@ class ChatRequest(GenerationRequest):
     def _logprobs_asked(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise _of("top_logprobs", "is only allowed when 'logprobs' is true")
+        if self.max_completion_tokens == 0 and not self.about_prompt:
+            raise _of("max_completion_tokens", "must be at least 1 where nothing is asked about the prompt")
         return self
+
+
+class TokenizeRequest(_Strict):
+    """POST /tokenize: a text, or messages as the chat template writes them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = None
+    """Default: with a prompt, but not with messages: templates spell their special tokens out."""
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Any] = {}
+    return_token_strs: bool = False
+
+    chat_template: Annotated[Any, _refused()] = None
+    continue_final_message: Annotated[Any, _refused(False)] = None
+    tools: Annotated[Any, _refused([])] = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise _of("prompt", "or 'messages' is required, and not both")
+        return self
+
+
+class DetokenizeRequest(_Strict):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
 
 
 def _of(param: str, message: str) -> PydanticCustomError:

@@ -9,6 +9,7 @@ from typing import Any
 import tokenizers
 
 from cluster.config import ConfigError
+from router.bounds import most_bytes_per_token
 from router.chat_template import ChatTemplate
 from router.vocabulary import Vocabulary
 
@@ -34,10 +35,15 @@ class Tokenizer:
         self.vocabulary = Vocabulary(encoder.get_vocab(with_added_tokens=True), special, decoder)
         self.eos_token_id: int | None = encoder.token_to_id(named["eos_token"]) if "eos_token" in named else None
         self._template = None if template is None else ChatTemplate(template, named)
+        self._most_bytes = most_bytes_per_token(encoder, self.vocabulary)
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    def fewest_tokens(self, text: str) -> int:
+        """How many tokens `text` has at least, known without encoding it; 0 where the tokenizer gives no such bound."""
+        return 0 if self._most_bytes is None else -(-len(text.encode()) // self._most_bytes)
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids; special tokens that the text spells out are recognized, those that start a text are added on request."""

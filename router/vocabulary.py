@@ -30,7 +30,8 @@ class Vocabulary:
         self._known: list[bytes | None] = [None] * size
         self.special = frozenset(special)
         """Tokens that never show in text."""
-        self._byte_level = False
+        self.byte_level = False
+        """Tokens are bytes, written as printable characters."""
         self._byte_fallback = False
         self._rules: list[_Rule] = []
         self.leading_spaces = 0
@@ -43,6 +44,11 @@ class Vocabulary:
     def text_bytes(self, token: int) -> bytes:
         """What the token adds to the text; nothing if it is special."""
         return b"" if token in self.special else self.token_bytes(token)
+
+    def token_string(self, token: int) -> str:
+        """The token as the vocabulary spells it, with the signs that stand for spaces and bytes."""
+        known = self._content[token] if 0 <= token < len(self._content) else None
+        return known or ""
 
     def token_bytes(self, token: int) -> bytes:
         """The token itself: a special one by its name."""
@@ -59,7 +65,7 @@ class Vocabulary:
             return b""
         if token in self.special:
             return content.encode()
-        if self._byte_level:
+        if self.byte_level:
             try:
                 return bytes(_CHARACTER_BYTE[character] for character in content)
             except KeyError:  # an added token: written as it is
@@ -80,7 +86,7 @@ class Vocabulary:
         for part in parts:
             kind = part["type"]
             if kind == "ByteLevel":
-                self._byte_level = True
+                self.byte_level = True
             elif kind == "ByteFallback":
                 self._byte_fallback = True
             elif kind == "Metaspace":
@@ -94,7 +100,7 @@ class Vocabulary:
                 self.leading_spaces = part["start"]
             else:
                 raise ConfigError(f"tokenizer.json has a decoder of type {kind}, which cannot be streamed")
-        if self._byte_level and (self._rules or self._byte_fallback):
+        if self.byte_level and (self._rules or self._byte_fallback):
             raise ConfigError("tokenizer.json mixes a ByteLevel decoder with others, which cannot be streamed")
 
 
@@ -111,3 +117,5 @@ def _character_byte() -> dict[str, int]:
 
 
 _CHARACTER_BYTE = _character_byte()
+BYTE_CHARACTERS = frozenset(_CHARACTER_BYTE)
+"""How a byte-level vocabulary spells the 256 bytes."""

@@ -9,7 +9,9 @@ from cluster.shape import ModelShape
 from parallel.linear import cpu_computes_bfloat16
 
 _CPU_SHARE, _CPU_MOST = 0.30, 4 << 30
-_CUDA_SHARE = 0.85
+_CUDA_SHARE = 0.90
+_SLACK = 1 << 30
+"""Bytes left on a GPU beside what is reckoned: what decodes gather, cuBLAS workspaces, kernels loaded late."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 log = logging.getLogger(__name__)
@@ -21,6 +23,12 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no CUDA device here")
+    # Products are summed in fp32: operands not cut to TF32, and no half precision where cuBLAS splits a sum. cuDNN's attention
+    # builds a plan for every new shape, and every iteration has one.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -59,11 +67,24 @@ def size_pool(config: Config, shape: ModelShape, max_model_len: int, dtype: torc
     """
     block_bytes = shape.kv_bytes_per_token(dtype.itemsize) * config.block_size
     budget = config.kv_memory if config.kv_memory is not None else _free_share(device)
+    if config.kv_memory is None and device.type == "cuda":
+        budget = max(0, budget - scratch_bytes(config, shape, max_model_len, dtype) - _SLACK)
     if budget < 2 * block_bytes:
         needed = f"the null block and one more of {config.block_size} tokens take {2 * block_bytes}"
         raise ConfigError(f"{budget} bytes of KV memory hold no pool: {needed}")
     blocks_per_sequence = -(-max_model_len // config.block_size)
     return min(budget // block_bytes, config.max_num_seqs * blocks_per_sequence + 1)
+
+
+def scratch_bytes(config: Config, shape: ModelShape, max_model_len: int, dtype: torch.dtype) -> int:
+    """What an iteration takes beside weights and pool, at most, roughly: activations of one layer, a context gathered for attention
+    with its mask, logits and noise."""
+    heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    tokens = config.max_num_batched_tokens
+    activations = tokens * (6 * shape.hidden_size + 4 * heads + 4 * shape.intermediate_size) * max(4, dtype.itemsize)
+    context = max_model_len * (2 * shape.num_kv_heads * shape.head_dim + tokens) * dtype.itemsize
+    logits = 6 * config.max_num_seqs * shape.vocab_size * 4
+    return activations + context + logits
 
 
 def _best_cpu_dtype(wanted: torch.dtype) -> torch.dtype:
@@ -80,6 +101,7 @@ def _best_cuda_dtype(wanted: torch.dtype) -> torch.dtype:
 
 def _free_share(device: torch.device) -> int:
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading left in torch's cache counts as free
         return int(_CUDA_SHARE * torch.cuda.mem_get_info(device)[0])
     return min(_CPU_MOST, int(_CPU_SHARE * _available_memory()))
 

@@ -22,6 +22,8 @@ class DrawSetup:
     """Distinct tokens of the prompt; empty where no penalty counts them."""
     bias_ids: NDArray[np.int64]
     bias: NDArray[np.float32]
+    stop_ids: NDArray[np.int64]
+    """Tokens that can't be drawn before min_tokens; empty where that is 0."""
 
     @classmethod
     def of(cls, new: NewSequence) -> "DrawSetup":
@@ -34,6 +36,7 @@ class DrawSetup:
             np.unique(np.array(counted, dtype=np.int64)),
             np.array(list(params.logit_bias.keys()), dtype=np.int64),
             np.array(list(params.logit_bias.values()), dtype=np.float32),
+            np.array(params.stop_token_ids if params.min_tokens > 0 else (), dtype=np.int64),
         )
 
     @property
@@ -50,7 +53,7 @@ class DrawSetup:
     @property
     def adjusted(self) -> bool:
         """Logits are changed before the draw."""
-        return self.penalized or len(self.bias_ids) > 0
+        return self.penalized or len(self.bias_ids) > 0 or len(self.stop_ids) > 0
 
     @property
     def filtered(self) -> bool:

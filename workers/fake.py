@@ -7,8 +7,9 @@ from then on, and fake_output() says what they should have been.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-from cluster.protocol import ChunkResult, SamplingParams, StepPlan, StepResult, TokenLogprobs
+from cluster.protocol import ChunkResult, PromptScores, SamplingParams, StepPlan, StepResult, TokenLogprobs
 from workers.sequences import SequenceTable, Span
 
 _MASK = (1 << 64) - 1
@@ -22,9 +23,17 @@ def mix(a: int, b: int) -> int:
     return x ^ (x >> 31)
 
 
-def draw(state: int, params: SamplingParams, choice: int, vocab_size: int) -> int:
+def draw(state: int, params: SamplingParams, choice: int, vocab_size: int, num_emitted: int) -> int:
     """The token after a prefix whose hash at the last stage is `state`."""
-    return mix(mix(state, params.seed), choice) % vocab_size
+    token = mix(mix(state, params.seed), choice) % vocab_size
+    while num_emitted < params.min_tokens and token in params.stop_token_ids:
+        token = (token + 1) % vocab_size
+    return token
+
+
+def score(state: int, token: int) -> float:
+    """The log-probability of `token` after a prefix whose hash at the last stage is `state`."""
+    return -(mix(state, token) % 997) / 64
 
 
 class FakeStage:
@@ -49,12 +58,16 @@ class FakeStage:
             self._slots[target * size : (target + 1) * size] = self._slots[source * size : (source + 1) * size]
         out: list[int] = []
         results: list[ChunkResult] = []
+        scores: list[PromptScores] = []
         for span in spans:
             inputs = [int(token) for token in span.ids] if self.first else hidden[len(out) : len(out) + span.num_tokens]
-            out += self._run(span, inputs)
+            states = self._run(span, inputs)
+            out += states
+            if self.last and span.scores is not None:
+                scores.append(_scores(span, states, *span.scores))
             if self.last and span.sample:
                 results.append(self._draw(span, out[-1]))
-        return out, StepResult(epoch=plan.epoch, step=plan.step, results=results) if self.last else None
+        return out, StepResult(epoch=plan.epoch, step=plan.step, results=results, scores=scores) if self.last else None
 
     def _run(self, span: Span, inputs: list[int]) -> list[int]:
         state = self._slots[self._slot(span, span.start - 1)] if span.start else 0
@@ -71,10 +84,22 @@ class FakeStage:
 
     def _draw(self, span: Span, state: int) -> ChunkResult:
         params = span.state.params
-        token = draw(state, params, span.state.choice, self.vocab_size)
+        token = draw(state, params, span.state.choice, self.vocab_size, span.end - span.state.num_prompt)
         self.table.commit(span, [token])
         logprobs = [] if params.logprobs is None else [TokenLogprobs(-(token / self.vocab_size), [], [])]
         return ChunkResult(span.state.seq, [token], logprobs)
+
+
+def _scores(span: Span, states: list[int], first: int, end: int) -> PromptScores:
+    tokens = span.state.tokens
+    told = [score(states[position - 1 - span.start], int(tokens[position])) for position in range(first, end)]
+    return PromptScores(span.state.seq, first, [TokenLogprobs(logprob, [], []) for logprob in told])
+
+
+def fake_scores(prompt: Sequence[int], num_stages: int) -> list[float]:
+    """The log-probabilities of prompt positions [1, len(prompt)), computed likewise."""
+    states = [0] * num_stages
+    return [score(_forward(states, before), token) for before, token in pairwise(prompt)]
 
 
 def fake_output(prompt: Sequence[int], params: SamplingParams, choice: int, num_stages: int, vocab_size: int = 997) -> list[int]:
@@ -84,11 +109,12 @@ def fake_output(prompt: Sequence[int], params: SamplingParams, choice: int, num_
     output: list[int] = []
     for token in prompt:
         value = _forward(states, token)
-    while True:
-        output.append(draw(value, params, choice, vocab_size))
-        if output[-1] in params.stop_token_ids or len(output) == params.max_tokens:
-            return output
+    while len(output) < params.max_tokens:
+        output.append(draw(value, params, choice, vocab_size, len(output)))
+        if output[-1] in params.stop_token_ids:
+            break
         value = _forward(states, output[-1])
+    return output
 
 
 def _forward(states: list[int], value: int) -> int:

@@ -48,9 +48,9 @@ def _top_k_edge(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """[rows]: the smallest score that top_k, and top_p over what that leaves, let stay."""
     k = torch.tensor([p.top_k for p in params], device=scores.device)[:, None]
     shares = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=scores.device)
-    top = largest(scores, int(k.max()))
+    top = largest(scores, max(p.top_k for p in params))
     last = top.gather(1, k - 1)
-    if bool((shares >= 1.0).all()):
+    if all(p.top_p >= 1.0 for p in params):
         return last[:, 0]
     inside = torch.arange(top.shape[1], device=scores.device) < k
     weights = torch.where(inside, top.exp(), 0.0).to(torch.float64)

@@ -43,6 +43,11 @@ class GumbelNoise:
         """
         return torch.cat([self._contenders(*piece) for piece in self._pieces(scores, keys)])
 
+    def whole(self, keys: Tensor) -> Tensor:
+        """[rows, vocab] fp32: all noise of keys [rows, 2] int32. For GPUs, where picking tokens out first would cost a wait for
+        their number and save nothing."""
+        return _gumbel(self._hash_all(keys))
+
     def at(self, keys: Tensor, ids: Tensor) -> Tensor:
         """[n] fp32: the noise of single tokens, ids [n] int64, each under its own key of keys [n, 2] int32."""
         return _gumbel(_hash(self._hashes[ids] ^ keys[:, 0], keys[:, 1]))

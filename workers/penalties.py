@@ -1,4 +1,5 @@
-"""Repetition penalty (Keskar et al. 2019, CTRL), presence and frequency penalties, logit bias: changes to a few logits of a row.
+"""Repetition penalty (Keskar et al. 2019, CTRL), presence and frequency penalties, logit bias, min_tokens: changes to a few logits
+of a row.
 
 They are functions of the tokens alone, so nothing of them is kept or sent: a resumed sequence has the same penalties.
 """
@@ -14,9 +15,10 @@ from workers.sequences import Span
 
 
 def adjust(logits: Tensor, rows: Sequence[int], spans: Sequence[Span]) -> None:
-    """Apply the penalties and the bias of spans[i] to row rows[i] of logits [n, vocab] fp32, in place."""
+    """Apply the penalties, the bias and the bans of spans[i] to row rows[i] of logits [n, vocab] fp32, in place."""
     _penalize(logits, rows, spans)
     _bias(logits, rows, spans)
+    _ban(logits, rows, spans)
 
 
 def _penalize(logits: Tensor, rows: Sequence[int], spans: Sequence[Span]) -> None:
@@ -53,13 +55,25 @@ def _seen(span: Span) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
 
 
 def _bias(logits: Tensor, rows: Sequence[int], spans: Sequence[Span]) -> None:
-    vocab = logits.shape[1]
     for row, span in zip(rows, spans, strict=True):
         draws = span.state.draws
-        inside = (draws.bias_ids >= 0) & (draws.bias_ids < vocab)  # a stray id must not end an epoch for everyone
+        inside = _known(draws.bias_ids, logits)
         if inside.any():
             ids = torch.from_numpy(draws.bias_ids[inside]).to(logits.device)
             logits[row, ids] += torch.from_numpy(draws.bias[inside]).to(logits.device)
+
+
+def _ban(logits: Tensor, rows: Sequence[int], spans: Sequence[Span]) -> None:
+    """No token ends a choice before min_tokens."""
+    for row, span in zip(rows, spans, strict=True):
+        stops = span.state.draws.stop_ids
+        if len(stops) and span.end - span.state.num_prompt < span.state.params.min_tokens:
+            logits[row, torch.from_numpy(stops[_known(stops, logits)]).to(logits.device)] = -torch.inf
+
+
+def _known(ids: NDArray[np.int64], logits: Tensor) -> NDArray[np.bool_]:
+    """Which ids are tokens: a stray one must not end an epoch for everyone."""
+    return (ids >= 0) & (ids < logits.shape[1])
 
 
 def _join(like: Tensor, parts: list[NDArray[np.float32]] | list[NDArray[np.int64]]) -> Tensor:

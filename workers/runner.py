@@ -15,6 +15,7 @@ from workers.attention import PagedSpans, make_attention
 from workers.decoder import Decoder, TokenBatch
 from workers.device import resolve_device, resolve_dtype, resolve_max_model_len, size_pool
 from workers.loader import load_decoder
+from workers.logprobs import score_prompts
 from workers.sampler import Sampler
 from workers.sequences import SequenceTable, Span
 
@@ -44,8 +45,13 @@ class ModelRunner:
         began = time.perf_counter()
         spans = self._sequences.apply(plan)
         self.pool.copy_blocks(plan.copies)
-        results = self._draw(spans) if spans else []
-        return StepResult(epoch=plan.epoch, step=plan.step, results=results, compute_s=time.perf_counter() - began)
+        result = StepResult(epoch=plan.epoch, step=plan.step, results=[])
+        if spans:
+            hidden = self.forward(spans)
+            result.scores = score_prompts(hidden, spans, self.decoder.logits, self.decoder.shape.vocab_size)
+            result.results = self._draw(hidden, spans)
+        result.compute_s = time.perf_counter() - began
+        return result
 
     def reset(self) -> None:
         """Forget all sequences: a new epoch begins."""
@@ -55,17 +61,12 @@ class ModelRunner:
         """Run the spans as one flat batch; returns the hidden states [num_tokens, hidden] before the last norm."""
         paged = PagedSpans.of(spans, self.pool.block_size)
         positions = paged.positions()
-        ids = np.concatenate([span.ids for span in spans])
-        batch = TokenBatch(
-            ids=self._to_device(ids),
-            positions=self._to_device(positions),
-            slots=self._to_device(paged.slots(positions)),
-            attention=self._attention.prepare(paged),
-        )
+        rows = np.stack((np.concatenate([span.ids for span in spans]), positions, paged.slots(positions)))
+        ids, positions_there, slots = self._to_device(rows).unbind()
+        batch = TokenBatch(ids, positions_there, slots, self._attention.prepare(paged))
         return self.decoder.forward(batch, self.pool)
 
-    def _draw(self, spans: Sequence[Span]) -> list[ChunkResult]:
-        hidden = self.forward(spans)
+    def _draw(self, hidden: Tensor, spans: Sequence[Span]) -> list[ChunkResult]:
         last_rows = np.cumsum([span.num_tokens for span in spans]) - 1
         sampled = [i for i, span in enumerate(spans) if span.sample]
         if not sampled:
@@ -80,7 +81,8 @@ class ModelRunner:
         return results
 
     def _to_device(self, array: "np.ndarray[tuple[int, ...], np.dtype[np.int32 | np.int64]]") -> Tensor:
-        return torch.from_numpy(array.astype(np.int64, copy=False)).to(self._device)
+        # From pageable memory, non_blocking returns once the array was taken: nothing waits for the device, and the array may go.
+        return torch.from_numpy(array.astype(np.int64, copy=False)).to(self._device, non_blocking=True)
 
 
 def load_runner(files: ModelFiles, config: Config, *, num_blocks: int | None = None, progress: bool = False) -> ModelRunner:

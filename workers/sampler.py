@@ -9,6 +9,7 @@ from torch import Tensor
 from cluster.protocol import TokenLogprobs
 from workers.filters import thresholds
 from workers.keys import position_keys
+from workers.logprobs import describe
 from workers.noise import GumbelNoise
 from workers.penalties import adjust
 from workers.selection import argmax, where
@@ -48,24 +49,29 @@ class Sampler:
         filtered = [i for i, setup in enumerate(setups) if not setup.greedy and setup.filtered]
         tokens = torch.empty(len(spans), dtype=torch.int64, device=logits.device)
         if greedy:
-            tokens[greedy] = argmax(_rows(logits, greedy))
+            _put(tokens, greedy, argmax(_rows(logits, greedy)))
         if plain:
-            tokens[plain] = self._draw_plain(_rows(logits, plain), [spans[i] for i in plain])
+            _put(tokens, plain, self._draw_plain(_rows(logits, plain), [spans[i] for i in plain]))
         if filtered:
-            tokens[filtered] = self._draw_filtered(_rows(logits, filtered), [spans[i] for i in filtered])
-        logprobs = _logprobs(raw, tokens[reporting], [setups[i].params.logprobs or 0 for i in reporting])
+            _put(tokens, filtered, self._draw_filtered(_rows(logits, filtered), [spans[i] for i in filtered]))
+        counts = [setups[i].params.logprobs or 0 for i in reporting]
+        logprobs = describe(raw, tokens[reporting], counts) if reporting else []
         by_row = dict(zip(reporting, logprobs, strict=True))
         return [Draw(token, by_row.get(i)) for i, token in enumerate(tokens.tolist())]
 
     def _draw_plain(self, logits: Tensor, spans: Sequence[Span]) -> Tensor:
         """Any token can come."""
         scores, keys = _scores(logits, spans), _keys(spans, logits.device)
+        if scores.device.type != "cpu":
+            return argmax(scores.add_(self._noise.whole(keys)))
         return self._winners(scores, keys, self._noise.contenders(scores, keys))
 
     def _draw_filtered(self, logits: Tensor, spans: Sequence[Span]) -> Tensor:
         """Noise only for the tokens that the filters leave; where they leave many, for those of them that can win."""
         scores, keys = _scores(logits, spans), _keys(spans, logits.device)
         left = scores >= thresholds(scores, [span.state.params for span in spans])
+        if scores.device.type != "cpu":
+            return argmax(scores.masked_fill_(~left, -torch.inf).add_(self._noise.whole(keys)))
         if int(left.sum()) > left.numel() * _MANY:
             scores.masked_fill_(~left, -torch.inf)
             left = self._noise.contenders(scores, keys)
@@ -85,6 +91,14 @@ def _rows(logits: Tensor, rows: list[int]) -> Tensor:
     return logits if len(rows) == len(logits) else logits[rows]
 
 
+def _put(tokens: Tensor, rows: list[int], drawn: Tensor) -> None:
+    """tokens[rows] = drawn; on a GPU a list as an index is a copy to it, which all rows don't need."""
+    if len(rows) == len(tokens):
+        tokens.copy_(drawn)
+    else:
+        tokens[rows] = drawn
+
+
 def _scores(logits: Tensor, spans: Sequence[Span]) -> Tensor:
     """Logits over temperature, shifted so that the largest is 0; a new tensor or `logits` overwritten."""
     temperature = torch.tensor([[span.state.params.temperature] for span in spans], dtype=torch.float32, device=logits.device)
@@ -95,17 +109,3 @@ def _keys(spans: Sequence[Span], device: torch.device) -> Tensor:
     """[len(spans), 2] int32: the noise keys of the positions after the spans."""
     keys = position_keys([span.state.draws.noise_key for span in spans], [span.end for span in spans])
     return torch.from_numpy(keys).to(device)
-
-
-def _logprobs(raw: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
-    """Under the model's own distribution: raw [n, vocab] logits, tokens [n] drawn, counts [n] of likeliest tokens to name."""
-    if not counts:
-        return []
-    normalizer = raw.logsumexp(-1, keepdim=True)
-    most = min(max(counts), raw.shape[1])
-    values, ids = (raw - normalizer).topk(most, dim=-1) if most else (raw[:, :0], tokens[:, None][:, :0])
-    chosen = (raw.gather(1, tokens[:, None]) - normalizer)[:, 0].tolist()
-    return [
-        TokenLogprobs(own, some_ids[:count], some_values[:count])
-        for own, some_ids, some_values, count in zip(chosen, ids.tolist(), values.tolist(), counts, strict=True)
-    ]

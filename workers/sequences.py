@@ -62,6 +62,8 @@ class Span:
     start: int
     end: int
     sample: bool
+    scores: tuple[int, int] | None = None
+    """[first, end): prompt positions whose log-probabilities are wanted."""
 
     @property
     def num_tokens(self) -> int:
@@ -116,8 +118,10 @@ class SequenceTable:
             raise PlanError(f"sequence {chunk.seq}: positions [{chunk.start}, {end}) don't follow {known}")
         if end > state.num_blocks * self.block_size:
             raise PlanError(f"sequence {chunk.seq}: {end} positions don't fit {state.num_blocks} blocks")
+        if chunk.scores is not None and not chunk.start < chunk.scores[0] < chunk.scores[1] <= min(end + 1, state.num_prompt):
+            raise PlanError(f"sequence {chunk.seq}: positions [{chunk.start}, {end}) can't tell scores {chunk.scores}")
         state.num_computed = end
-        return Span(state, chunk.start, end, chunk.sample)
+        return Span(state, chunk.start, end, chunk.sample, chunk.scores)
 
 
 def _new_state(seq: int, new: NewSequence) -> SequenceState:

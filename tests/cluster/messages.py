@@ -10,11 +10,13 @@ from cluster.protocol import (
     EngineStatus,
     MetricSample,
     Place,
+    PromptScores,
     Request,
     SamplingParams,
     StepPlan,
     StepResult,
     TokenDelta,
+    TokenLogprobs,
     WorkerReady,
 )
 
@@ -45,7 +47,9 @@ def request(
 def result(plan: StepPlan, token: int = 7, error: str | None = None) -> StepResult:
     """What workers answer that always draw `token`."""
     drawn = [ChunkResult(chunk.seq, [token], []) for chunk in plan.chunks if chunk.sample]
-    return StepResult(epoch=plan.epoch, step=plan.step, results=drawn, error=error)
+    asked = [(chunk.seq, *chunk.scores) for chunk in plan.chunks if chunk.scores is not None]
+    told = [PromptScores(seq, first, [TokenLogprobs(-float(i), [], []) for i in range(first, end)]) for seq, first, end in asked]
+    return StepResult(epoch=plan.epoch, step=plan.step, results=drawn, error=error, scores=told)
 
 
 def ready(epoch: int, rank: int = 0, num_blocks: int = 17) -> WorkerReady:

@@ -17,7 +17,7 @@ from cluster.protocol import Ping, Pong, RouterHello, SamplingParams, StepPlan, 
 from cluster.scheduler import GlobalScheduler, SchedulerConfig
 from router.generation import Generation
 from router.journal import Journal, JournalConfig
-from workers.fake import FakeStage, fake_output
+from workers.fake import FakeStage, fake_output, fake_scores
 
 STEP_TIMEOUT_S = 5.0
 
@@ -33,6 +33,8 @@ class Client:
     timeout_s: float = 1e6
     tokens: list[list[int]] = field(default_factory=list)
     finish: list[str | None] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    """Log-probabilities of prompt positions 1, 2, ..."""
     error: Exception | None = None
     cancelled: bool = False
 
@@ -293,6 +295,10 @@ class Simulation:
         assert not client.over, "news of a request that was over"
         client.error = news.error
         for delta in news.deltas:
+            client.scores += [entry.logprob for entry in delta.prompt_logprobs]
+            if not delta.tokens and delta.finish is None:
+                continue
+            assert len(client.scores) == len(self._scores_of(client)), "tokens before all of the prompt was told of"
             assert client.finish[delta.choice] is None, "tokens after the end"
             assert (len(delta.logprobs) == len(delta.tokens)) == (client.params.logprobs is not None or not delta.tokens)
             client.tokens[delta.choice] += delta.tokens
@@ -315,16 +321,20 @@ class Simulation:
     def check_clients(self) -> None:
         """Every client has exactly its tokens; those who left early have a beginning of them."""
         for id, client in self.clients.items():
+            assert client.scores == self._scores_of(client)[: len(client.scores)], id
             for choice in range(client.params.n):
                 wanted = fake_output(client.prompt, client.params, choice, self.batch.pp)
                 given = client.tokens[choice]
                 if client.finish[choice] is not None:
                     assert given == wanted, f"{id}/{choice}"
-                    reason = "stop" if wanted[-1] in client.params.stop_token_ids else "length"
+                    reason = "stop" if wanted and wanted[-1] in client.params.stop_token_ids else "length"
                     assert client.finish[choice] == reason
                 else:
                     assert client.cancelled or client.error is not None
                     assert given == wanted[: len(given)]
+
+    def _scores_of(self, client: Client) -> list[float]:
+        return [] if client.params.prompt_logprobs is None else fake_scores(client.prompt, self.batch.pp)
 
     def check_empty(self) -> None:
         """Nothing is left anywhere: no block, no request, no plan, no binding."""

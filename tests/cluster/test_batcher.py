@@ -1,6 +1,7 @@
 """The Batcher's policy on cases small enough to follow by hand, and its invariants under random driving."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,8 +9,8 @@ from msgspec import structs
 
 from cluster.batcher import Batcher
 from cluster.config import Batching, Reservation
-from cluster.protocol import Credit, Request, StepPlan
-from kv.manager import KVManager
+from cluster.protocol import Credit, PromptScores, Request, StepPlan, TokenDelta
+from kv.manager import KVManager, NoPrefixCache, PrefixMatch
 from tests.cluster.messages import BATCH, request, result
 from tests.cluster.test_batcher_invariants import check_ownership
 
@@ -236,7 +237,7 @@ def test_ledger_of_reservations(reservation: Reservation, allocated: int, used: 
     [
         (request(prompt=60, max_tokens=5), "64 tokens"),
         (request(prompt=0), "prompt"),
-        (request(max_tokens=0), "max_tokens"),
+        (request(max_tokens=-1), "max_tokens"),
         (request(emitted=4), "max_tokens"),
         (structs.replace(request(), finished=[True]), "finished"),
         (structs.replace(request(n=2), finished=[False]), "finished"),
@@ -246,3 +247,129 @@ def test_what_can_never_run_is_named(asked: Request, word: str) -> None:
     reason = batcher().why_impossible(asked)
     assert reason is not None
     assert word in reason
+
+
+def scoring(prompt: int, max_tokens: int = 4, n: int = 1, scored: int = 1) -> Request:
+    asked = request(prompt=prompt, max_tokens=max_tokens, n=n)
+    return structs.replace(asked, params=structs.replace(asked.params, prompt_logprobs=0), scored=scored)
+
+
+def scores(plan: StepPlan) -> list[tuple[int, int] | None]:
+    return [chunk.scores for chunk in plan.chunks]
+
+
+def told(deltas: list[TokenDelta]) -> list[tuple[int, int]]:
+    """(choice, prompt position) of all log-probabilities, which messages.result makes tell their position."""
+    return [(d.choice, -int(entry.logprob)) for d in deltas for entry in d.prompt_logprobs]
+
+
+def test_each_chunk_of_a_prompt_is_asked_for_the_positions_after_its_own() -> None:
+    b = batcher()
+    b.add(scoring(40), 0.0)
+    plans = [run(b) for _ in range(4)]
+    assert [scores(plan) for plan in plans] == [[(1, 17)], [(17, 33)], [(33, 40)], [None]]
+
+
+def test_an_attempt_goes_on_where_the_last_one_ended() -> None:
+    b = batcher()
+    b.add(scoring(40, scored=20), 0.0)
+    assert [scores(run(b)) for _ in range(3)] == [[None], [(20, 33)], [(33, 40)]]
+    b.add(structs.replace(scoring(40, scored=40), id="other"), 1.0)
+    assert all(s is None for _ in range(4) for s in scores(run(b)))
+
+
+@pytest.mark.parametrize("reservation", ["paged", "max_tokens"])
+def test_one_choice_tells_for_all(reservation: Reservation) -> None:
+    """Also where the others compute the prompt themselves."""
+    b = batcher(reservation=reservation)
+    b.add(scoring(12, n=2), 0.0)
+    deltas: list[TokenDelta] = []
+    while b.num_sequences:
+        plan = step(b)
+        deltas += b.update(result(plan))
+    assert told(deltas) == [(0, position) for position in range(1, 12)]
+    first = next(i for i, d in enumerate(deltas) if d.tokens)
+    assert not any(d.prompt_logprobs for d in deltas[first + 1 :]), "before any token"
+
+
+def test_a_prompt_preempted_in_its_middle_is_told_once() -> None:
+    b = batcher(num_blocks=13, max_num_seqs=2, max_num_batched_tokens=2)
+    b.add(request("old", prompt=2, max_tokens=44), 0.0)
+    deltas = b.update(result(step(b)))
+    b.add(structs.replace(scoring(40), id="young"), 1.0)
+    preempted_at: list[int] = []
+    young = next(s for s in b.line.everyone() if s.request.id == "young")
+    while b.num_sequences:
+        before = young.num_computed
+        plan = step(b)
+        if young.num_computed < before:
+            preempted_at.append(before)
+        deltas += b.update(result(plan))
+    assert any(0 < computed < 40 for computed in preempted_at), "the case this is about"
+    assert told(deltas) == [(0, position) for position in range(1, 40)]
+
+
+def test_a_cancelled_choice_leaves_the_prompt_to_its_sibling() -> None:
+    b = batcher(pp=2, reservation="max_tokens")
+    b.add(scoring(24, n=2), 0.0)
+    first, second = step(b), step(b)
+    b.cancel("r", [0])
+    deltas = [*b.update(result(first)), *b.update(result(second))]
+    while b.num_sequences:
+        deltas += b.update(result(step(b)))
+    assert [position for _, position in told(deltas)] == list(range(1, 24))
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 40])
+@pytest.mark.parametrize("n", [1, 2])
+def test_nothing_is_drawn_where_only_the_prompt_is_asked_about(prompt: int, n: int) -> None:
+    b = batcher()
+    b.add(scoring(prompt, max_tokens=0, n=n), 0.0)
+    deltas: list[TokenDelta] = []
+    while b.num_sequences:
+        plan = step(b)
+        assert not any(chunk.sample for chunk in plan.chunks)
+        deltas += b.update(result(plan))
+    assert told(deltas) == [(0, position) for position in range(1, prompt)]
+    assert sorted(d.choice for d in deltas if d.finish == "length") == list(range(n))
+    assert not any(d.tokens for d in deltas)
+    assert b.kv.pool.num_used == 0
+
+
+class Counting(NoPrefixCache):
+    """Counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def match(self, tokens: Sequence[int], salt: str) -> PrefixMatch:
+        self.asked += 1
+        return PrefixMatch()
+
+
+def test_a_prompt_that_is_to_be_told_of_is_not_looked_up() -> None:
+    cache = Counting()
+    b = Batcher(BATCH, KVManager(BATCH, cache))
+    b.add(scoring(12), 0.0)
+    run(b)
+    assert cache.asked == 0
+    b.add(request("other"), 1.0)
+    b.add(structs.replace(scoring(12, scored=12), id="third"), 2.0)
+    run(b)
+    assert cache.asked == 2
+
+
+def test_a_result_must_tell_what_was_asked() -> None:
+    b = batcher()
+    b.add(scoring(8), 0.0)
+    plan = step(b)
+    good = result(plan)
+    assert b.expects(good)
+    (entry,) = good.scores
+    for wrong in (
+        [],
+        [entry, entry],
+        [PromptScores(entry.seq, 2, entry.logprobs)],
+        [PromptScores(entry.seq, 1, entry.logprobs[1:])],
+    ):
+        assert not b.expects(structs.replace(good, scores=wrong))

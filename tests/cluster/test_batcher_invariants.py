@@ -12,7 +12,7 @@ from cluster.protocol import Request, StepPlan, StepResult
 from kv.manager import KVManager
 from tests.cluster.messages import request
 from tests.conftest import examples
-from workers.fake import FakeStage, fake_output
+from workers.fake import FakeStage, fake_output, fake_scores
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Rig:
     results: deque[StepResult] = field(default_factory=deque)
     asked: dict[str, Request] = field(default_factory=dict)
     given: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    scores: dict[str, list[float]] = field(default_factory=dict)
 
     def launch(self, now: float) -> bool:
         b = self.batcher
@@ -42,12 +43,23 @@ class Rig:
 
     def take(self) -> None:
         for delta in self.batcher.update(self.results.popleft()):
+            asked = self.asked[delta.request]
+            scores = self.scores.setdefault(delta.request, [])
+            if delta.prompt_logprobs:
+                assert delta.prompt_index == 1 + len(scores), "prompt positions are told in order, each once"
+                scores += [entry.logprob for entry in delta.prompt_logprobs]
             tokens = self.given.setdefault((delta.request, delta.choice), [])
             assert delta.index == len(tokens)
             tokens += delta.tokens
-            wanted = fake_output(self.asked[delta.request].prompt, self.asked[delta.request].params, delta.choice, len(self.stages))
+            wanted = fake_output(asked.prompt, asked.params, delta.choice, len(self.stages))
             assert tokens == wanted[: len(tokens)]
-            assert (delta.finish is not None) == (len(tokens) == len(wanted))
+            if delta.tokens:
+                assert (delta.finish is not None) == (len(tokens) == len(wanted))
+            elif delta.finish is not None:
+                assert wanted == []
+            told = fake_scores(asked.prompt, len(self.stages)) if asked.params.prompt_logprobs is not None else []
+            assert scores == told[: len(scores)]
+            assert len(scores) == len(told) or not (delta.tokens or delta.finish), "the prompt comes first"
         check_ownership(self.batcher)
 
 
@@ -76,8 +88,10 @@ def test_invariants_of_every_plan(data: st.DataObject, rig: Rig) -> None:
         action = data.draw(st.sampled_from(["add", "cancel", "launch", "launch", "take", "take"]))
         if action == "add" and longest > 1:
             prompt = data.draw(st.integers(1, longest - 1))
-            asked = request(f"r{now}", prompt, data.draw(st.integers(1, longest - prompt)), n=data.draw(st.sampled_from([1, 1, 3])))
+            room = longest - prompt
+            asked = request(f"r{now}", prompt, data.draw(st.integers(0, room)), n=data.draw(st.sampled_from([1, 1, 3])))
             asked.prompt[:] = range(now, now + prompt)
+            asked.params.prompt_logprobs = data.draw(st.sampled_from([None, 0]))
             rig.asked[asked.id] = asked
             assert b.why_impossible(asked) is None
             b.add(asked, float(now))

@@ -90,6 +90,16 @@ def test_generate_writes_prompt_and_continuation() -> None:
     assert len(done.stdout) > len("def main(\n")
 
 
+def test_generate_ends_no_sooner_than_min_tokens() -> None:
+    """With these stop strings every text ends at its first letter, unless something forbids it."""
+    words = ["generate", "--prompt", "import os", "--max-tokens", "12", "--threads", "1", "--kv-memory", "8MiB"]
+    stops = [word for letter in "abcdefghijklmnopqrstuvwxyz \n(_" for word in ("--stop", letter)]
+    done = rayline(*words, *stops, "--min-tokens", "12")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > len("import os\n") + 8
+    assert "min_tokens is 13" in refused(*words, "--min-tokens", "13")
+
+
 def test_file_and_command_line_use_the_same_names(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("model: here\nmax_num_seqs: 7\nkv_memory: 1GiB\n")

@@ -76,6 +76,59 @@ def test_stop_strings(llm: LLM) -> None:
     assert (cut.text, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
 
 
+def test_prompt_logprobs_in_chunks_and_preempted(llm: LLM) -> None:
+    """A pool that is too small for all, a few tokens a step: what is told of each prompt stays the same, and comes once."""
+    small: dict[str, Any] = {"max_model_len": 96, "kv_memory": 14 * 16 * 4096, "max_num_seqs": 8, "max_num_batched_tokens": 8}
+    tight = LLM(str(DEMO_MODEL), dtype="float32", threads=1, **small)
+    params = SamplingParams(seed=1, max_tokens=40, prompt_logprobs=2, n=2)
+    prompts = [[(7 * i + j) % 4000 + 3 for j in range(20 + i)] for i in range(4)]
+    given = tight.generate(prompts, params, ignore_eos=True)
+    assert tight.batcher.num_preemptions > 0
+    alone = [llm.generate([prompt], params, ignore_eos=True)[0] for prompt in prompts]
+    for prompt, one, other in zip(prompts, given, alone, strict=True):
+        assert one.prompt_logprobs is not None
+        assert other.prompt_logprobs is not None
+        assert (len(one.prompt_logprobs), one.prompt_logprobs[0]) == (len(prompt), None)
+        for mine, theirs in zip(one.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True):
+            assert mine is not None
+            assert theirs is not None
+            assert (mine.rank, mine.top_ids) == (theirs.rank, theirs.top_ids)
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+        assert [output.token_ids for output in one.outputs] == [output.token_ids for output in other.outputs]
+
+
+def test_an_output_scores_as_it_was_drawn(llm: LLM) -> None:
+    """What a greedy output's tokens were said to have is what scoring prompt and output as one prompt says."""
+    drawn = llm.generate([PROMPTS[0]], SamplingParams(temperature=0.0, max_tokens=12, logprobs=1), ignore_eos=True)[0]
+    whole = drawn.prompt_token_ids + drawn.outputs[0].token_ids
+    (scored,) = llm.generate([whole], SamplingParams(max_tokens=0, prompt_logprobs=1))
+    assert scored.prompt_logprobs is not None
+    assert (scored.outputs[0].token_ids, scored.outputs[0].finish_reason) == ([], "length")
+    for told, entry in zip(drawn.outputs[0].logprobs, scored.prompt_logprobs[len(drawn.prompt_token_ids) :], strict=True):
+        assert entry is not None
+        assert (entry.rank, entry.top_ids) == (1, told.top_ids)
+        assert entry.logprob == pytest.approx(told.logprob, abs=1e-4)
+
+
+def test_min_tokens_and_what_ends_show_as_asked(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=24)
+    (whole,) = llm.generate([PROMPTS[0]], params, ignore_eos=True)
+    ids = whole.outputs[0].token_ids
+    stop = ids[3]
+    ends = SamplingParams(temperature=0.0, max_tokens=24, stop_token_ids=(stop,))
+    assert llm.generate([PROMPTS[0]], ends, ignore_eos=True)[0].outputs[0].token_ids == ids[: ids.index(stop) + 1]
+    later = msgspec.structs.replace(ends, min_tokens=10)
+    output = llm.generate([PROMPTS[0]], later, ignore_eos=True)[0].outputs[0].token_ids
+    assert stop not in output[:10]
+    assert len(output) > 10
+    text = whole.outputs[0].text
+    cut = llm.generate([PROMPTS[0]], GREEDY, stop=[text[10:13]], include_stop=True)[0].outputs[0]
+    assert (cut.text, cut.finish_reason) == (text[: text.index(text[10:13]) + 3], "stop")
+    eos = SamplingParams(max_tokens=4, logit_bias={0: 100.0})
+    assert llm.generate([PROMPTS[0]], eos)[0].outputs[0].text == ""
+    assert llm.generate([PROMPTS[0]], eos, include_stop=True, skip_special_tokens=False)[0].outputs[0].text == "<|endoftext|>"
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [([], "empty"), ("", "empty"), ([4096], "out of range"), ([-1], "out of range"), ([1] * 2000, "exceed")],

@@ -13,11 +13,20 @@ from tests.cluster.messages import delta, place, ready, report, request, status
 ADMISSION = protocol.Admission(3, 2, [4], protocol.NewSequence(choice=0, prompt=[1], emitted=[2], params=request().params))
 CHUNK = protocol.Chunk(3, 2, 1, [5], [7], sample=True)
 LOGPROBS = protocol.TokenLogprobs(-0.5, [1, 2], [-0.5, -1.5])
+RANKED = protocol.TokenLogprobs(-0.5, [1], [-0.5], 1)
+SCORING = protocol.Chunk(4, 0, 2, [], [], sample=False, scores=(1, 3))
 MESSAGES: list[Any] = [
     protocol.Submit(1, request(n=2, emitted=2, deadline_s=1.5)),
     protocol.Cancel(request="r", attempt=1, choices=[0, 2]),
     protocol.Deltas(
-        "e", 1, [delta(), delta(tokens=(), end=True), msgspec.structs.replace(delta(), logprobs=[LOGPROBS], queued_s=0.25)]
+        "e",
+        1,
+        [
+            delta(),
+            delta(tokens=(), end=True),
+            msgspec.structs.replace(delta(), logprobs=[LOGPROBS], queued_s=0.25),
+            msgspec.structs.replace(delta(tokens=()), prompt_index=1, prompt_logprobs=[RANKED]),
+        ],
     ),
     protocol.Released("e", 1, [("r", 2)], "died", ["r"]),
     protocol.Rejected("r", 1, "too long"),
@@ -31,8 +40,15 @@ MESSAGES: list[Any] = [
     protocol.PlaceAgain(),
     status(e=1),
     report(accepted=[("r", 0)], metrics=[protocol.MetricSample("a", (), 2.0)]),
-    protocol.StepPlan(epoch=1, step=2, admitted=[ADMISSION], chunks=[CHUNK], copies=[(1, 2)], finished=[9]),
-    protocol.StepResult(epoch=1, step=2, results=[protocol.ChunkResult(3, [7], [LOGPROBS])], compute_s=0.5, error="bad"),
+    protocol.StepPlan(epoch=1, step=2, admitted=[ADMISSION], chunks=[CHUNK, SCORING], copies=[(1, 2)], finished=[9]),
+    protocol.StepResult(
+        epoch=1,
+        step=2,
+        results=[protocol.ChunkResult(3, [7], [LOGPROBS])],
+        compute_s=0.5,
+        error="bad",
+        scores=[protocol.PromptScores(4, 1, [RANKED])],
+    ),
     ready(1),
     protocol.WorkerFailed(epoch=1, rank=0, reason="no memory"),
     protocol.Ping(1),

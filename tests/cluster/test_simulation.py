@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cluster.config import BatchConfig, Batching, Reservation
 from cluster.protocol import SamplingParams, StepResult
+from router.journal import News
 from tests.cluster.simulation import Client, Simulation
 from tests.conftest import examples
 
@@ -17,13 +18,16 @@ FAULTS = ("kill_workers", "freeze_workers", "kill_engine", "restart_scheduler", 
 @st.composite
 def clients(draw: st.DrawFn, longest: int) -> Client:
     num_prompt = draw(st.integers(1, longest - 1))
+    max_tokens = draw(st.integers(0, longest - num_prompt))
     at = draw(st.floats(0, 6))
     params = SamplingParams(
         seed=draw(st.integers(0, 2**64 - 1)),
-        max_tokens=draw(st.integers(1, longest - num_prompt)),
+        max_tokens=max_tokens,
         n=draw(st.sampled_from([1, 1, 1, 2, 5])),
         stop_token_ids=tuple(range(draw(st.sampled_from([0, 0, 100])))),
         logprobs=draw(st.sampled_from([None, 0])),
+        prompt_logprobs=draw(st.sampled_from([None, 0])),
+        min_tokens=draw(st.integers(0, max_tokens)),
     )
     prompt = random.Random(draw(st.integers(0, 1000))).choices(range(997), k=num_prompt)
     cancel_at = draw(st.one_of(st.none(), st.none(), st.floats(0, 3).map(lambda wait: at + wait)))
@@ -107,4 +111,23 @@ def test_the_simulation_notices_a_lost_token() -> None:
 
     engine.receive = corrupt  # type: ignore[method-assign]
     with pytest.raises(AssertionError, match="r0/0"):
+        check(simulation)
+
+
+@pytest.mark.parametrize("harm", ["lose", "repeat"])
+def test_the_simulation_notices_a_prompt_position_lost_or_told_twice(harm: str) -> None:
+    params = SamplingParams(seed=1, max_tokens=2, prompt_logprobs=0)
+    batch = BatchConfig(num_blocks=10, max_model_len=100, max_num_seqs=4, max_num_batched_tokens=8)
+    simulation = Simulation(0, [Client(list(range(30)), params, 0.0)], batch)
+    (journal,) = simulation.routers.values()
+    original = journal.take_news
+
+    def corrupt() -> list[News]:
+        news = original()
+        for delta in (d for item in news for d in item.deltas if len(d.prompt_logprobs) > 1):
+            delta.prompt_logprobs[:] = delta.prompt_logprobs[1:] if harm == "lose" else delta.prompt_logprobs[:1] * 2
+        return news
+
+    journal.take_news = corrupt  # type: ignore[method-assign]
+    with pytest.raises(AssertionError):
         check(simulation)

@@ -88,5 +88,7 @@ def test_unforeseen_errors_tell_nothing(tokenizer: Tokenizer, served: ServedMode
 
 def test_documentation_names_the_bodies(tokenizer: Tokenizer, served: ServedModel) -> None:
     document = Api(tokenizer, served).request("GET", "/openapi.json").json()
-    assert {"CompletionRequest", "ChatRequest", "Message"} <= set(document["components"]["schemas"])
+    assert {"CompletionRequest", "ChatRequest", "Message", "TokenizeRequest", "DetokenizeRequest"} <= set(
+        document["components"]["schemas"]
+    )
     assert "requestBody" in document["paths"]["/v1/completions"]["post"]

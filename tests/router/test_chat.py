@@ -122,6 +122,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": HELLO, "top_logprobs": 2}, "top_logprobs", "invalid_value"),
     ({"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
     ({"messages": HELLO, "prompt": "x"}, "prompt", "unknown_parameter"),
+    ({"messages": HELLO, "max_tokens": 0}, "max_tokens", "invalid_value"),
+    ({"messages": HELLO, "max_completion_tokens": 0}, "max_completion_tokens", "invalid_value"),
+    ({"messages": HELLO, "echo": True}, "echo", "unsupported_parameter"),
+    ({"messages": HELLO, "best_of": 2, "stream": True}, "best_of", "invalid_value"),
+    ({"messages": HELLO, "min_tokens": 8, "max_completion_tokens": 7}, "min_tokens", "invalid_value"),
 ]
 
 

@@ -18,6 +18,7 @@ from cluster.protocol import (
     SamplingParams,
     Submit,
     TokenDelta,
+    TokenLogprobs,
     Withdraw,
 )
 from router.generation import Generation, Overloaded, TimedOut, TooLarge, Unavailable
@@ -28,10 +29,12 @@ M = TypeVar("M")
 
 
 class Bench:
-    def __init__(self, n: int = 1) -> None:
+    def __init__(self, n: int = 1, prompt_logprobs: int | None = None) -> None:
         self.journal = Journal(JournalConfig("router", "s!", max_strikes=3))
-        params = SamplingParams(seed=1, max_tokens=8, n=n)
-        self.journal.begin(Generation("r", [1, 2, 3], params, timeout_s=60.0), arrival=5.0, now=0.0)
+        params = SamplingParams(seed=1, max_tokens=8, n=n, prompt_logprobs=prompt_logprobs)
+        self.journal.begin(
+            Generation("r", [1, 2, 3, 4, 5] if prompt_logprobs == 0 else [1, 2, 3], params, timeout_s=60.0), arrival=5.0, now=0.0
+        )
 
     def hear(self, *messages: RouterMessage, now: float = 1.0) -> None:
         for message in messages:
@@ -216,3 +219,51 @@ def test_an_engine_that_the_scheduler_no_longer_names_is_gone_after_a_while(boun
     assert bound.sent(Place) == []
     bound.journal.receive(status(), 16.5)
     assert [p.attempt for _, p in bound.sent(Place)] == [1]
+
+
+def scored(attempt: int, *positions: int, choice: int = 0, tokens: tuple[int, ...] = ()) -> TokenDelta:
+    """Prompt log-probabilities that tell their position, and perhaps first tokens."""
+    told = [TokenLogprobs(-float(position), [], []) for position in positions]
+    first = positions[0] if positions else 0
+    return TokenDelta(
+        request="r", attempt=attempt, choice=choice, index=0, tokens=list(tokens), prompt_index=first, prompt_logprobs=told
+    )
+
+
+def positions(bench: Bench) -> list[int]:
+    return [-int(e.logprob) for news in bench.journal.take_news() for d in news.deltas for e in d.prompt_logprobs]
+
+
+def test_each_prompt_position_is_delivered_once_over_attempts() -> None:
+    bench = Bench(prompt_logprobs=0)
+    bench.bind()
+    assert bench.sent(Submit)[-1][1].request.scored == 1
+    bench.hear(Deltas("e", 1, [scored(0, 1, 2)]), EngineDown("e", 1))
+    bench.bind(attempt=1, engine="f", epoch=7)
+    assert bench.sent(Submit)[-1][1].request.scored == 3
+    bench.hear(Deltas("e", 1, [scored(0, 3, 4)]), Deltas("f", 7, [scored(1, 2, 3), scored(1, 1, 2)]))
+    assert positions(bench) == [1, 2, 3]
+    bench.hear(Deltas("f", 7, [scored(1, 3, 4, tokens=(9,))]))
+    (news,) = bench.journal.take_news()
+    assert [(d.tokens, [e.logprob for e in d.prompt_logprobs]) for d in news.deltas] == [([9], [-4.0])]
+
+
+@pytest.mark.parametrize("gap", [scored(0, 2, 3), scored(0, 1, 2, tokens=(9,)), delta(0, 0, 9), delta(0, 0, end=True)])
+def test_a_gap_in_the_prompt_means_another_attempt(gap: TokenDelta) -> None:
+    bench = Bench(prompt_logprobs=0)
+    bench.bind()
+    bench.hear(Deltas("e", 1, [gap]))
+    assert [p.attempt for _, p in bench.sent(Place)] == [0, 1]
+    assert bench.journal.take_news()[-1].deltas == []
+
+
+def test_a_finished_choice_can_still_tell_of_the_prompt() -> None:
+    bench = Bench(n=2, prompt_logprobs=0)
+    bench.bind()
+    bench.journal.finish_choice("r", 0)
+    bench.hear(Deltas("e", 1, [scored(0, 1, 2, 3, 4, tokens=(9,))]))
+    (delta,) = [d for news in bench.journal.take_news() for d in news.deltas]
+    assert (delta.tokens, len(delta.prompt_logprobs)) == ([], 4)
+    bench.hear(EngineDown("e", 1))
+    bench.bind(attempt=1, epoch=2)
+    assert bench.sent(Submit)[-1][1].request.finished == [True, False]

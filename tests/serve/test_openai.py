@@ -88,6 +88,85 @@ def test_a_stop_string_ends_the_text(server: Server) -> None:
     assert cut.choices[0].finish_reason == "stop"
 
 
+def test_an_echoed_prompt_scores_as_its_tokens_were_drawn(server: Server) -> None:
+    """As lm-eval-harness asks, and against what a greedy completion said of the same tokens."""
+    create = functools.partial(server.client.completions.create, model="demo", temperature=0, logprobs=1)
+    drawn: Any = create(prompt=PROMPT, max_tokens=12, echo=True, extra_body={"return_token_ids": True, "ignore_eos": True})
+    (choice,) = drawn.choices
+    ids = choice.prompt_token_ids + choice.token_ids
+    stream: Any = create(prompt=PROMPT, max_tokens=12, echo=True, stream=True, extra_body={"ignore_eos": True})
+    parts = [part.choices[0] for part in stream]
+    assert parts[0].text == PROMPT
+    assert "".join(part.text for part in parts) == choice.text
+    assert [logprob for part in parts for logprob in part.logprobs.token_logprobs] == choice.logprobs.token_logprobs
+    scored: Any = create(prompt=[ids, ids[:5]], max_tokens=0, echo=True, extra_body={"prompt_logprobs": 2})
+    for answer, length in zip(scored.choices, (len(ids), 5), strict=True):
+        assert answer.text == (choice.text if length > 5 else answer.text)
+        assert answer.finish_reason == "length"
+        told = answer.logprobs
+        assert told.token_logprobs[0] is None
+        assert told.top_logprobs[0] is None
+        assert told.token_logprobs[1:] == pytest.approx(choice.logprobs.token_logprobs[1:length], abs=1e-3)
+        assert told.tokens == choice.logprobs.tokens[:length]
+        assert told.text_offset == choice.logprobs.text_offset[:length]
+        for token, entry, logprob in zip(ids[1:length], answer.prompt_logprobs[1:], told.token_logprobs[1:], strict=True):
+            assert entry[str(token)]["logprob"] == pytest.approx(logprob, abs=1e-6)
+            assert {1, 2} <= {named["rank"] for named in entry.values()}
+    for position in range(len(choice.prompt_token_ids), len(ids)):
+        assert scored.choices[0].prompt_logprobs[position][str(ids[position])]["rank"] == 1, "it was drawn greedily"
+    assert scored.usage.completion_tokens == 0
+
+
+def test_lists_of_prompts_with_choices_are_numbered_prompt_by_prompt(server: Server) -> None:
+    create = functools.partial(server.client.completions.create, model="demo", max_tokens=6, seed=3)
+    prompts = ["import os\n", "class Parser:\n", "def main("]
+    together: Any = create(prompt=prompts, n=2, extra_body={"ignore_eos": True})
+    assert [choice.index for choice in together.choices] == list(range(6))
+    alone: list[Any] = [create(prompt=prompt, n=2, extra_body={"ignore_eos": True}) for prompt in prompts]
+    assert [c.text for c in together.choices] == [c.text for answer in alone for c in answer.choices]
+
+
+def test_best_of_returns_the_likeliest(server: Server) -> None:
+    create = functools.partial(server.client.completions.create, model="demo", prompt=PROMPT, max_tokens=6, seed=3, logprobs=0)
+    everyone: Any = create(n=4)
+    best: Any = create(n=2, best_of=4)
+    means = {choice.text: sum(choice.logprobs.token_logprobs) / len(choice.logprobs.tokens) for choice in everyone.choices}
+    assert [choice.text for choice in best.choices] == sorted(means, key=lambda text: -means[text])[:2]
+    assert best.usage.completion_tokens == everyone.usage.completion_tokens
+
+
+def test_what_ends_an_output(server: Server) -> None:
+    def create(**body: Any) -> Any:
+        answer = server.post(
+            "/v1/completions", model="demo", prompt=PROMPT, max_tokens=16, temperature=0, return_token_ids=True, **body
+        )
+        return answer[1]["choices"][0]
+
+    ids = create(ignore_eos=True)["token_ids"]
+    stop = ids[4]
+    ended = create(stop_token_ids=[stop], ignore_eos=True)
+    assert (ended["token_ids"], ended["finish_reason"], ended["stop_reason"]) == (ids[: ids.index(stop) + 1], "stop", stop)
+    shown = create(stop_token_ids=[stop], ignore_eos=True, include_stop_str_in_output=True)
+    assert len(shown["text"]) > len(ended["text"])
+    later = create(stop_token_ids=[stop], ignore_eos=True, min_tokens=12)["token_ids"]
+    assert stop not in later[:12]
+    assert len(later) > 12
+    eos = create(logit_bias={"0": 100})
+    assert (eos["text"], eos["token_ids"], eos["finish_reason"]) == ("", [0], "stop")
+    assert create(logit_bias={"0": 100}, include_stop_str_in_output=True, skip_special_tokens=False)["text"] == "<|endoftext|>"
+    assert 0 not in create(logit_bias={"0": 100}, min_tokens=16)["token_ids"]
+
+
+def test_tokenize_and_back(server: Server) -> None:
+    _, answer = server.post("/tokenize", model="demo", prompt=PROMPT, return_token_strs=True)
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"]) > 0
+    assert server.post("/detokenize", tokens=answer["tokens"]) == (200, {"prompt": PROMPT})
+    _, chat = server.post("/tokenize", messages=[{"role": "user", "content": "Hi"}])
+    assert server.post("/detokenize", tokens=chat["tokens"])[1]["prompt"].startswith("<|im_start|>user\nHi<|im_end|>")
+    assert server.post("/tokenize", tokens=[1])[0] == 400
+    assert set(json.loads(server.request("/version")[2])) == {"version"}
+
+
 async def _texts(server: Server, count: int) -> list[str]:
     async def one(client: openai.AsyncOpenAI, number: int) -> str:
         stream = await client.completions.create(

@@ -88,6 +88,12 @@ def test_bits_do_not_depend_on_rows_places_or_vocabulary(vocab: int) -> None:
     assert torch.equal(wider[:, :vocab], together)
 
 
+def test_all_of_it_at_once_is_that_of_single_tokens() -> None:
+    keys = torch.from_numpy(position_keys([sequence_key(4, c) for c in range(5)], [7, 8, 9, 1, 2]))
+    noise = GumbelNoise(VOCAB, CPU)
+    assert torch.equal(noise.whole(keys), all_noise(noise, keys, VOCAB))
+
+
 def test_all_values_are_finite() -> None:
     hashes = torch.tensor([0, -1, 1, 2**31 - 1, -(2**31), 2**31 - 2, -2], dtype=torch.int32)
     values = _gumbel(hashes)

@@ -3,6 +3,7 @@
 import math
 import random
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,8 @@ def adjusted(logits: list[float], span: Span) -> list[float]:
         if token in counts or token in prompt:
             value = value / p.repetition_penalty if value > 0 else value * p.repetition_penalty
         value -= p.presence_penalty * (token in counts) + p.frequency_penalty * counts[token]
-        out.append(value + p.logit_bias.get(token, 0.0))
+        banned = token in p.stop_token_ids and span.end - span.state.num_prompt < p.min_tokens
+        out.append(-math.inf if banned else value + p.logit_bias.get(token, 0.0))
     return out
 
 
@@ -72,6 +74,8 @@ def random_case(rng: random.Random) -> Span:
         presence_penalty=rng.choice([0.0, 0.0, 1.5, -1.0]),
         frequency_penalty=rng.choice([0.0, 0.0, 0.7, -0.4]),
         logit_bias=rng.choice([{}, {}, {3: 4.0, 100: -100.0}, dict.fromkeys(range(0, VOCAB, 3), 1.0)]),
+        stop_token_ids=rng.choice([(), (5,), tuple(range(0, VOCAB, 2)), (VOCAB + 3, -1, 100)]),
+        min_tokens=rng.choice([0, 1, 40, 41]),
     )
     prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 30))]
     end = len(prompt) + rng.choice([0, 0, 1, 40])
@@ -144,6 +148,19 @@ def test_a_bias_of_a_token_that_does_not_exist_is_harmless() -> None:
     params = SamplingParams(seed=0, max_tokens=1, temperature=0.0, logit_bias={VOCAB: 100.0, -1: 100.0, 7: 100.0})
     [draw] = Sampler(VOCAB, CPU).draw(torch.randn(1, VOCAB), [make_span(0, 3, [], params)])
     assert draw.token == 7
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {"temperature": 2.0}, {"top_p": 0.5}, {"top_k": 3, "temperature": 0.1}])
+def test_no_stop_token_before_min_tokens_however_likely(params: dict[str, Any]) -> None:
+    """Up to the first position at which it may come, and there it comes."""
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7] = 60.0
+    every = SamplingParams(seed=3, max_tokens=9, min_tokens=2, stop_token_ids=(7,), logit_bias={7: 100.0}, **params)
+    drawn = [
+        Sampler(VOCAB, CPU).draw(logits.clone(), [make_span(0, 4 + emitted, [], every, prompt=[1, 7, 7, 2])])[0].token
+        for emitted in range(4)
+    ]
+    assert [token == 7 for token in drawn] == [False, False, True, True]
 
 
 def test_filtered_draws_follow_the_filtered_softmax() -> None:

@@ -1,0 +1,374 @@
+"""How often a token flips: the table of docs/exactness.md.
+
+    python -m bench.exactness [MODEL ...] [--tokens 10000] [--write]
+
+MODEL is a directory, or the name of a model of bench.models, which is made in a temporary directory; the demo and S where none is
+named. --write puts the table into docs/exactness.md.
+
+The reference of a sequence is itself run alone: its whole prompt in one prefill, then token by token; every other sequence goes on
+with its likeliest tokens, the rest with tokens drawn at temperature 1. Each cause then runs the same sequences in another way, but
+on the reference's tokens whatever comes out, so that one flip doesn't bring others. At every position two flips are possible: the
+arg-max of the logits is not the reference's, and the token drawn from them at temperature 1 with the sequence's seed is not.
+"""
+
+import argparse
+import math
+import os
+import platform
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench import models
+from bench.plans import PlanWriter
+from cluster.config import Config
+from cluster.model import ModelFiles, open_model
+from cluster.protocol import SamplingParams
+from compress.corpus import collect, standard_library
+from router.tokenizer import load
+from workers.device import resolve_device, torch_dtype
+from workers.runner import ModelRunner, load_runner
+from workers.sampler import Sampler
+from workers.sequences import SequenceTable, Span
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "exactness.md"
+DEMO = ROOT / "deploy" / "demo"
+BEGIN, END = "<!-- table: python -m bench.exactness --write -->", "<!-- end of table -->"
+BLOCK_SIZE = 16
+WAVE = 64
+"""Sequences at a time: the references' logits are kept for so many."""
+LONG = 8
+"""Every so many sequences one has a prompt of over 512 tokens."""
+
+
+@dataclass
+class Case:
+    """A sequence and its reference."""
+
+    seq: int
+    prompt: list[int]
+    params: SamplingParams
+    tokens: list[int] = field(default_factory=list)
+    """What it goes on with, in whatever run."""
+    greedy: list[int] = field(default_factory=list)
+    drawn: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    """Per position [vocab] fp32, on the CPU."""
+
+
+@dataclass
+class Tally:
+    """One row of the table."""
+
+    tokens: int = 0
+    greedy: int = 0
+    drawn: int = 0
+    largest: float = 0.0
+    """Difference between two logits."""
+
+
+Observe = Callable[[Case, int, int, int, Tensor], None]
+"""Case, index of the position in its output, likeliest token, drawn token, logits [vocab] fp32."""
+
+
+class Run:
+    """One epoch of a runner, driven by plans; logits are looked at in place of what the runner would draw."""
+
+    def __init__(self, runner: ModelRunner, cases: Sequence[Case], observe: Observe) -> None:
+        self.plans = PlanWriter(runner.num_blocks, runner.pool.block_size, carry=True)
+        self._cases = {case.seq: case for case in cases}
+        self._runner, self._observe = runner, observe
+        self._table = SequenceTable(runner.pool.block_size)
+        self._sampler = Sampler(runner.decoder.shape.vocab_size, runner.pool.keys.device)
+
+    def add(self, case: Case, output: Sequence[int] = ()) -> None:
+        """It comes with the next step, with so much output known."""
+        self.plans.add(case.seq, case.prompt, case.params)
+        self.plans.sequences[case.seq].output.extend(output)
+
+    def step(self, counts: dict[int, int], *, every: bool = False) -> None:
+        """Run so many tokens of each; the reference's next token is known afterwards where all known ones were computed.
+
+        every: look at the logits of all positions from the prompt's last on, not only at the chunks' last ones.
+        """
+        spans, rows = self._forward(counts, every)
+        greedy = rows.argmax(-1).tolist()
+        drawn = [draw.token for draw in self._sampler.draw(rows.clone(), spans)] if spans else []
+        for span, likeliest, token, logits in zip(spans, greedy, drawn, rows.cpu(), strict=True):
+            case, tracked = self._cases[span.state.seq], self.plans.sequences[span.state.seq]
+            index = span.end - len(case.prompt)
+            self._observe(case, index, likeliest, token, logits)
+            if index == len(tracked.output) and index < len(case.tokens):
+                tracked.output.append(case.tokens[index])
+
+    def decode(self, seqs: Sequence[int], until: int) -> None:
+        """Steps with all of `seqs`, until each was looked at for `until` positions."""
+        while left := [seq for seq in seqs if len(self.plans.sequences[seq].output) < until]:
+            self.step({seq: self.plans.sequences[seq].missing for seq in left})
+
+    @torch.inference_mode()
+    def _forward(self, counts: dict[int, int], every: bool) -> tuple[list[Span], Tensor]:
+        plan = self.plans.plan(counts)
+        spans = self._table.apply(plan)
+        hidden = self._runner.forward(spans)
+        looked_at: list[Span] = []
+        rows: list[int] = []
+        first = 0
+        for span in spans:
+            start = max(span.start, len(self._cases[span.state.seq].prompt) - 1) if every else span.end - 1
+            if span.sample:
+                looked_at += [Span(span.state, position, position + 1, True) for position in range(start, span.end)]
+                rows += range(first + start - span.start, first + span.num_tokens)
+            first += span.num_tokens
+        index = torch.tensor(rows, dtype=torch.int64, device=hidden.device)
+        return looked_at, self._runner.decoder.logits(hidden.index_select(0, index))
+
+
+def reference(runner: ModelRunner, case: Case, length: int) -> None:
+    """Fill in the case's reference, `length` tokens of it."""
+
+    def keep(case: Case, index: int, likeliest: int, token: int, logits: Tensor) -> None:
+        case.tokens.append(token if case.seq % 2 else likeliest)
+        case.greedy.append(likeliest)
+        case.drawn.append(token)
+        case.logits.append(logits)
+
+    run = Run(runner, [case], keep)
+    run.add(case)
+    run.decode([case.seq], length)
+
+
+def comparison(tally: Tally, begin: int = 0) -> Observe:
+    """Counts into `tally`, from output position `begin` on."""
+
+    def compare(case: Case, index: int, likeliest: int, token: int, logits: Tensor) -> None:
+        if index < begin or index >= len(case.tokens):
+            return
+        tally.tokens += 1
+        tally.greedy += likeliest != case.greedy[index]
+        tally.drawn += token != case.drawn[index]
+        tally.largest = max(tally.largest, float((logits - case.logits[index]).abs().max()))
+
+    return compare
+
+
+# --- causes --------------------------------------------------------------------------------------------------------
+
+
+def batched(runner: ModelRunner, cases: Sequence[Case], tally: Tally, size: int) -> None:
+    """`size` at a time: prompts together in one plan, then decodes together. Nothing where there are fewer."""
+    if len(cases) < size:
+        return
+    for first in range(0, len(cases), size):
+        some = cases[first : first + size]
+        run = Run(runner, some, comparison(tally))
+        for case in some:
+            run.add(case)
+        run.decode([case.seq for case in some], len(some[0].tokens))
+
+
+def mixed(runner: ModelRunner, cases: Sequence[Case], tally: Tally) -> None:
+    """One enters every other step, its whole prompt beside the others' decodes."""
+    run = Run(runner, cases, comparison(tally))
+    waiting, length = list(cases), len(cases[0].tokens)
+    step = 0
+    while True:
+        if waiting and step % 2 == 0:
+            run.add(waiting.pop(0))
+        left = {seq: t.missing for seq, t in run.plans.sequences.items() if len(t.output) < length}
+        if not left and not waiting:
+            return
+        if left:
+            run.step(left)
+        step += 1
+
+
+def chunked(runner: ModelRunner, cases: Sequence[Case], tally: Tally, size: int) -> None:
+    """The prompt in chunks, then decodes, alone; prompts that are one chunk are left out."""
+    for case in cases:
+        if len(case.prompt) <= size:
+            continue
+        run = Run(runner, [case], comparison(tally))
+        run.add(case)
+        for _ in range((len(case.prompt) - 1) // size):
+            run.step({case.seq: size})
+        run.decode([case.seq], len(case.tokens))
+
+
+def prefilled(runner: ModelRunner, cases: Sequence[Case], tally: Tally) -> None:
+    """Prompt and output in one prefill, and the logits of all positions from it."""
+    for case in cases:
+        run = Run(runner, [case], comparison(tally))
+        run.add(case, case.tokens[:-1])
+        run.step({case.seq: len(case.prompt) + len(case.tokens) - 1}, every=True)
+
+
+def preempted(runner: ModelRunner, cases: Sequence[Case], tally: Tally) -> None:
+    """Half way all blocks are taken, everything is computed again in one prefill, then it goes on. Counted from there on."""
+    for case in cases:
+        half = len(case.tokens) // 2
+        run = Run(runner, [case], comparison(tally, half))
+        run.add(case, case.tokens[:half])  # what was computed before leaves nothing behind, so it needs no computing here
+        run.decode([case.seq], len(case.tokens))
+
+
+CAUSES: dict[str, Callable[[ModelRunner, Sequence[Case], Tally], None]] = {
+    "batch of 2": lambda runner, cases, tally: batched(runner, cases, tally, 2),
+    "batch of 8": lambda runner, cases, tally: batched(runner, cases, tally, 8),
+    "batch of 64": lambda runner, cases, tally: batched(runner, cases, tally, 64),
+    "batch, mixed with prefills": mixed,
+    "prompt in chunks of 16": lambda runner, cases, tally: chunked(runner, cases, tally, 16),
+    "prompt in chunks of 17": lambda runner, cases, tally: chunked(runner, cases, tally, 17),
+    "prompt in chunks of 64": lambda runner, cases, tally: chunked(runner, cases, tally, 64),
+    "prompt in chunks of 512": lambda runner, cases, tally: chunked(runner, cases, tally, 512),
+    "prefill against decode": prefilled,
+    "preemption": preempted,
+}
+
+
+# --- the whole table -----------------------------------------------------------------------------------------------
+
+
+def make_cases(files: ModelFiles, count: int, length: int) -> list[Case]:
+    """Prompts of 24 to 200 tokens of the standard library's source, every LONG-th of 520 to 700, as far as the model goes."""
+    text = "".join(document.text for document in collect(standard_library()).held_out)
+    ids = load(files.path).encode_now(text, add_special_tokens=False)
+    rng = random.Random(1234)
+    room = files.shape.max_position_embeddings - length
+    cases = []
+    for seq in range(count):
+        size = rng.randint(520, 700) if seq % LONG == LONG - 1 and room >= 700 else rng.randint(24, 200)
+        first = rng.randrange(len(ids) - size)
+        cases.append(Case(seq, ids[first : first + min(size, room)], SamplingParams(seed=seq, temperature=1.0, max_tokens=length)))
+    return cases
+
+
+def measure(runner: ModelRunner, files: ModelFiles, tokens: int, causes: Sequence[str], sequences: int = WAVE) -> dict[str, Tally]:
+    """Tallies of about `tokens` tokens for each cause; `sequences` at a time, up to WAVE."""
+    waves = max(1, round(tokens / (sequences * WAVE)))
+    length = max(2, math.ceil(tokens / (sequences * waves)))
+    cases = make_cases(files, waves * sequences, length)
+    tallies = {cause: Tally() for cause in causes}
+    for first in range(0, len(cases), sequences):
+        wave = cases[first : first + sequences]
+        for case in wave:
+            reference(runner, case, length)
+        for cause, tally in tallies.items():
+            CAUSES[cause](runner, wave, tally)
+        for case in wave:
+            case.logits.clear()
+    return tallies
+
+
+def load_bare(files: ModelFiles, dtype: str, device: str, length: int) -> ModelRunner:
+    """A runner whose pool holds a wave."""
+    longest = min(files.shape.max_position_embeddings, 700 + length)
+    num_blocks = 1 + WAVE * (-(-200 // BLOCK_SIZE) + -(-length // BLOCK_SIZE) + 2) + WAVE // LONG * -(-longest // BLOCK_SIZE)
+    config = Config(model=str(files.path), dtype=torch_dtype_name(dtype), device=device, block_size=BLOCK_SIZE)  # type: ignore[arg-type]
+    return load_runner(files, config, num_blocks=num_blocks)
+
+
+def torch_dtype_name(name: str) -> str:
+    """`name`, once it is known to be one."""
+    torch_dtype(name)
+    return name
+
+
+def interval(flips: int, tokens: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share (Wilson 1927); for no flips its upper end is 3.84 / tokens."""
+    z2 = 1.96**2
+    middle = (flips + z2 / 2) / (tokens + z2)
+    half = math.sqrt(z2 * (flips * (tokens - flips) / tokens + z2 / 4)) / (tokens + z2)
+    return max(0.0, middle - half) if flips else 0.0, middle + half
+
+
+def rate(flips: int, tokens: int) -> str:
+    """Flips per 10,000 with their interval."""
+    if not tokens:
+        return "-"
+    low, high = interval(flips, tokens)
+    return f"{1e4 * flips / tokens:.3g} ({1e4 * low:.2g} to {1e4 * high:.2g})"
+
+
+def row(model: str, dtype: str, cause: str, tally: Tally) -> str:
+    """A line of the table."""
+    cells = [model, dtype, cause, f"{tally.tokens}", rate(tally.greedy, tally.tokens), rate(tally.drawn, tally.tokens)]
+    return f"| {' | '.join(cells)} | {f'{tally.largest:.1e}' if tally.tokens else '-'} |"
+
+
+HEADER = (
+    "| model | dtype | cause | tokens | greedy flips per 10,000 (95 %) | drawn flips per 10,000 (95 %) | largest logit gap |",
+    "|---|---|---|---|---|---|---|",
+)
+
+
+def write_page(lines: Sequence[str], page: Path = PAGE) -> None:
+    """Replace what stands between the markers."""
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    page.write_text("\n".join((before + BEGIN, "", *lines, "", END)) + rest.split(END)[1], encoding="utf-8")
+
+
+def _machine(device: str, threads: int) -> str:
+    if resolve_device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{os.cpu_count()} cores of a {_cpu_name()}, {threads} threads, torch {torch.__version__}, {platform.machine()}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "CPU"
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+def _paths(names: Sequence[str], scratch: Path) -> Iterator[Path]:
+    tokenizer = None
+    for name in names:
+        if name in models.MODELS:
+            tokenizer = tokenizer or models.train_tokenizer()
+            yield models.write_model(name, scratch, tokenizer)
+        else:
+            yield Path(name)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=[str(DEMO), "S"], metavar="MODEL")
+    parser.add_argument("--tokens", type=int, default=10_000, help="for each cause, about")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--tokens-half", type=int, help="for each cause in dtypes other than float32; default: as --tokens")
+    parser.add_argument("--sequences", type=int, default=WAVE, help="at a time; fewer have fewer prompts to compute")
+    parser.add_argument("--causes", nargs="+", default=list(CAUSES), choices=list(CAUSES), metavar="CAUSE")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--machine", help="its name on the page; default: what it says of itself")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/exactness.md")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    machine = arguments.machine or _machine(arguments.device, arguments.threads)
+    lines = [f"Measured on: {machine}.", "", *HEADER]
+    print("\n".join(lines), flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for path in _paths(arguments.models, Path(scratch)):
+            files = open_model(str(path))
+            for dtype in arguments.dtypes:
+                tokens = arguments.tokens if dtype == "float32" else arguments.tokens_half or arguments.tokens
+                runner = load_bare(files, dtype, arguments.device, max(2, math.ceil(tokens / arguments.sequences)))
+                for cause, tally in measure(runner, files, tokens, arguments.causes, arguments.sequences).items():
+                    lines.append(row(path.name, dtype, cause, tally))
+                    print(lines[-1], flush=True)
+    if arguments.write:
+        write_page(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""A plan on its way through the workers, and what its result must look like."""
+
+from dataclasses import dataclass
+
+from cluster.protocol import StepPlan, StepResult
+from cluster.request import Sequence
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A plan whose result is awaited, and the sequences its chunks are of."""
+
+    plan: StepPlan
+    sequences: tuple[Sequence, ...]
+
+    def answered_by(self, result: StepResult) -> bool:
+        """Whether `result` is of this plan: tokens for just the chunks that draw, scores for just those that are to tell some."""
+        chunks = self.plan.chunks
+        drawn = sorted(r.seq for r in result.results)
+        if self.plan.step != result.step or drawn != sorted(chunk.seq for chunk in chunks if chunk.sample):
+            return False
+        asked = sorted((chunk.seq, *chunk.scores) for chunk in chunks if chunk.scores is not None)
+        told = sorted((s.seq, s.first, s.first + len(s.logprobs)) for s in result.scores)
+        return asked == told and all(r.tokens for r in result.results)
