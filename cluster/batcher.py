@@ -285,6 +285,18 @@ class Batcher:
                 self._end(sequence, "length")
             if delta.tokens or delta.finish is not None or (delta.prompt_logprobs and self.has_request(delta.request)):
                 deltas.append(delta)
+            if sequence.params.max_tokens == 0 and delta.finish is not None:
+                deltas.extend(self._end_siblings(delta.request))
+        return deltas
+
+    def _end_siblings(self, request: str) -> list[TokenDelta]:
+        """Where nothing is drawn, and one choice has told of the prompt, the others have nothing to tell and nothing to compute."""
+        deltas = []
+        for sibling in list(self._requests.get(request, {}).values()):
+            delta = sibling.news(None)
+            delta.finish = "length"
+            self._end(sibling, "length")
+            deltas.append(delta)
         return deltas
 
     def expects(self, result: StepResult) -> bool:

@@ -13,6 +13,13 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+_MISSING: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+}
+"""What transformers takes where config.json says nothing, as far as families differ."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,10 @@ def parse_shape(config: dict[str, Any], where: str) -> ModelShape:
     if name is None:
         given, known = ", ".join(names) or "(none named)", ", ".join(ARCHITECTURES)
         raise ConfigError(f"{where}: unsupported architecture {given}; known: {known}")
+    family = ARCHITECTURES[name]
+    config = {**_MISSING[family], **config}
     try:
-        shape = _shape(ARCHITECTURES[name], config, where)
+        shape = _shape(family, config, where)
     except KeyError as error:
         raise ConfigError(f"{where}: config.json lacks {error}") from None
     except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
@@ -112,8 +121,8 @@ def _shape(family: str, config: dict[str, Any], where: str) -> ModelShape:
         **(config.get("rope_scaling") or {}),
         **(config.get("rope_parameters") or {}),
     }
-    positions = int(config.get("max_position_embeddings", 2048))
-    scaling = _rope_scaling(rope, positions, where)
+    positions, theta = int(config["max_position_embeddings"]), float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    scaling = _rope_scaling(rope, positions, theta, where)
     attention_bias = bool(config.get("attention_bias", False))
     return ModelShape(
         family=family,
@@ -122,11 +131,11 @@ def _shape(family: str, config: dict[str, Any], where: str) -> ModelShape:
         intermediate_size=int(config["intermediate_size"]),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or (128 if family == "qwen3" else hidden // heads)),
+        num_kv_heads=int(config["num_key_value_heads"] or heads),
+        head_dim=int(config.get("head_dim") or hidden // heads),
         max_position_embeddings=_reach(positions, scaling),
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        rope_theta=theta,
         rope_scaling=scaling,
         windows=_windows(family, config, layers, where),
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -156,17 +165,16 @@ def _check(shape: ModelShape, config: dict[str, Any], where: str) -> None:
 
 
 def _windows(family: str, config: dict[str, Any], layers: int, where: str) -> tuple[int | None, ...]:
-    """Mistral has one window for all layers; Qwen turns it on with a flag, for layers by type or from a number on."""
+    """Mistral has one window for all layers, Qwen turns it on with a flag and from a layer's number on; both may name layers by
+    type."""
     if family == "llama":
         return (None,) * layers
     window = config.get("sliding_window", 4096)
     if window is None or (family != "mistral" and not config.get("use_sliding_window", False)):
         return (None,) * layers
-    if family == "mistral":
-        return (int(window),) * layers
     types = config.get("layer_types")
     if types is None:
-        first = int(config.get("max_window_layers", 28))
+        first = 0 if family == "mistral" else int(config.get("max_window_layers", 28))
         types = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
     if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
         raise ConfigError(f"{where}: layer_types must name full_attention or sliding_attention for each of {layers} layers")
@@ -207,7 +215,9 @@ def _yarn(rope: dict[str, Any], positions: int) -> YarnScaling:
 _SCALINGS: dict[str, Callable[[dict[str, Any], int], RopeScaling]] = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
 
 
-def _rope_scaling(rope: dict[str, Any], positions: int, where: str) -> RopeScaling | None:
+def _rope_scaling(rope: dict[str, Any], positions: int, theta: float, where: str) -> RopeScaling | None:
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ConfigError(f"{where}: rope_parameters by type of layer are not supported")
     if rope["partial_rotary_factor"] not in (None, 1.0):
         raise ConfigError(f"{where}: partial rotary embeddings are not supported")
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -216,8 +226,13 @@ def _rope_scaling(rope: dict[str, Any], positions: int, where: str) -> RopeScali
     if kind not in _SCALINGS:
         raise ConfigError(f"{where}: rope scaling '{kind}' is not supported, only {', '.join(_SCALINGS)}")
     scaling = _SCALINGS[kind](rope, positions)
-    if scaling.factor <= 0:
-        raise ConfigError(f"{where}: a rope scaling factor of {scaling.factor:g} makes no sense")
+    possible = scaling.factor > 0
+    if isinstance(scaling, Llama3Scaling):
+        possible &= scaling.low_freq_factor < scaling.high_freq_factor and scaling.original_max_position_embeddings > 0
+    if isinstance(scaling, YarnScaling):
+        possible &= min(scaling.beta_fast, scaling.beta_slow, scaling.original_max_position_embeddings) > 0 and theta > 1
+    if not possible:
+        raise ConfigError(f"{where}: rope scaling makes no sense: {scaling}")
     return scaling
 
 

@@ -326,13 +326,16 @@ def test_nothing_is_drawn_where_only_the_prompt_is_asked_about(prompt: int, n: i
     b = batcher()
     b.add(scoring(prompt, max_tokens=0, n=n), 0.0)
     deltas: list[TokenDelta] = []
+    computed = 0
     while b.num_sequences:
         plan = step(b)
         assert not any(chunk.sample for chunk in plan.chunks)
+        computed += sum(chunk.num_tokens for chunk in plan.chunks)
         deltas += b.update(result(plan))
     assert told(deltas) == [(0, position) for position in range(1, prompt)]
     assert sorted(d.choice for d in deltas if d.finish == "length") == list(range(n))
     assert not any(d.tokens for d in deltas)
+    assert computed == prompt  # once for all choices
     assert b.kv.pool.num_used == 0
 
 

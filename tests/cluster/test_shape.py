@@ -17,6 +17,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 1000,
 }
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MODEL_TYPES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
@@ -26,9 +27,12 @@ def config(family: str = "llama", **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
 def test_what_is_missing_is_as_in_transformers(family: str) -> None:
-    """A config.json with sizes alone: transformers' classes say what the rest is."""
-    theirs = AutoConfig.for_model(family, **SIZES)
-    ours = parse_shape(config(family), "m")
+    """A config.json with few sizes: transformers' classes say what the rest is."""
+    few = {**SIZES, "num_attention_heads": 32, "hidden_size": 128}
+    del few["num_key_value_heads"], few["max_position_embeddings"]
+    theirs = AutoConfig.for_model(family, **few)
+    ours = parse_shape({"architectures": config(family)["architectures"], **few}, "m")
+    assert (ours.num_kv_heads, ours.max_position_embeddings) == (theirs.num_key_value_heads, theirs.max_position_embeddings)
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
@@ -53,6 +57,13 @@ def test_windows_are_those_of_transformers(family: str, changes: dict[str, Any])
     theirs = AutoConfig.for_model(family, **SIZES, **changes)
     wanted = tuple(theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types)
     assert parse_shape(config(family, **changes), "m").windows == wanted
+
+
+def test_mistral_with_types_of_layers_has_windows_where_they_say() -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    theirs = AutoConfig.for_model("ministral", **SIZES, sliding_window=8, layer_types=kinds)
+    shape = parse_shape(config("mistral", sliding_window=8, layer_types=theirs.layer_types), "m")
+    assert shape.windows == (None, 8, None)
 
 
 def test_biases_are_where_the_family_has_them() -> None:
@@ -84,8 +95,7 @@ def test_yarn_reaches_as_far_as_its_factor() -> None:
 
 
 def test_llama3_scaling_reaches_as_far_as_it_says() -> None:
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    shape = parse_shape(config(rope_scaling=scaling | {"original_max_position_embeddings": 125}), "m")
+    shape = parse_shape(config(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 125}), "m")
     assert shape.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 125)
     assert shape.max_position_embeddings == 1000
 
@@ -105,7 +115,11 @@ def test_llama3_scaling_reaches_as_far_as_it_says() -> None:
         ({"partial_rotary_factor": 0.5}, "partial rotary"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "rope scaling 'longrope' is not supported, only linear, llama3"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks 'factor'"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "a rope scaling factor of 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope scaling makes no sense: LinearScaling"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "rope scaling makes no sense: Llama3Scaling"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": -1}}, "rope scaling makes no sense: YarnScaling"),
+        ({"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling makes no sense: YarnScaling"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "by type of layer"),
         ({"rope_scaling": [1]}, "has a value that can't be used"),
     ],
 )
