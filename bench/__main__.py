@@ -2,8 +2,9 @@
 
     python -m bench [--model DIR] [--trace FILE] [--out DIR]
 
-Offline against transformers, batching policies with peers, Poisson arrivals, KV waste; defaults are for the demo model on two cores
-(some fifteen minutes). Each is a command by itself with more options: bench.offline, bench.batching, bench.arrivals, bench.waste.
+Offline against transformers, batching policies with peers, Poisson arrivals, slot occupancy over whole traces, KV waste; defaults
+are for the demo model on two cores. Each is a command by itself with more options: bench.offline, bench.batching, bench.arrivals,
+bench.occupancy, bench.waste.
 """
 
 import shlex
@@ -14,18 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import options
-
-DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo"
+from cluster.model import DEMO_MODEL
 
 
 def commands(arguments: Namespace) -> list[list[str]]:
     """What is run, as words after `python -m`."""
     model, out = str(arguments.model), ["--out", str(arguments.out)]
-    trace = ["--trace", str(arguments.trace), "--spread"] if arguments.trace is not None else []
+    whole = ["--trace", str(arguments.trace)] if arguments.trace is not None else []
+    trace = [*whole, "--spread"] if whole else []
     return [
         ["bench.offline", model, *out],
         ["bench.batching", model, "--peers", *trace, *out],
         ["bench.arrivals", model, *trace, *out],
+        ["bench.occupancy", *whole, *out],
         ["bench.waste", *trace, *out],
     ]
 

@@ -9,9 +9,9 @@ every seed. Rates are found by doubling and bisection until the sustained and th
 
 Continuous hands requests to the engine as they arrive. In front of static batching stands a hold, as Triton's dynamic batcher
 before a static engine: when the engine is empty, a batch of up to B requests starts once B wait or the oldest has waited w seconds.
-Static runs at its best (B, w): of the grid --batches x --waits (w in mean latencies of an unloaded request) the one that sustains
-the highest rate at --sweep-factor, by the first seed. A static request is answered when its own last token is drawn; with --answers
-batch when its whole batch is done, as in the original, where finished requests can't return early.
+Static runs, for each factor by itself, at its best (B, w): of the grid --batches x --waits (w in mean latencies of an unloaded
+request) the one that sustains the highest rate at that factor, by the first seed. A static request is answered when its own last
+token is drawn; with --answers batch when its whole batch is done, as in the original, where finished requests can't return early.
 
 A run has at least --requests requests, and as many as arrive in --window mean unloaded latencies: the workload is repeated, so that
 a rate above what can be sustained has the time to show.
@@ -109,30 +109,49 @@ def grid(batching: Batching, sizes: Sequence[int], waits: Sequence[float], toget
     return [Policy(batching, size, Hold(size, wait, together)) for size in sorted(sizes, reverse=True) for wait in sorted(waits)]
 
 
-def tabulate(curves: dict[Policy, Curve], factors: Sequence[float], unloaded: float, report: Report) -> None:
-    """Sustained rates by factor: all seeds hold, and the median seed holds; continuous against each."""
+@dataclass(frozen=True)
+class Side:
+    """Continuous batching, or a variant of static at its best."""
+
+    name: str
+    best: dict[float, Policy]
+    """By factor; those that no policy holds are missing."""
+    curves: dict[Policy, Curve]
+
+    def sustained(self, factor: float, limit: float, statistic: Callable[[list[float]], float] = max) -> float | None:
+        """Requests a second within `limit`, by the policy that is best at `factor`."""
+        return self.curves[self.best[factor]].sustained(limit, statistic) if factor in self.best else None
+
+    def failing(self, factor: float, limit: float) -> float | None:
+        """The lowest rate at which it was measured not to sustain."""
+        return self.curves[self.best[factor]].first_failing(limit) if factor in self.best else None
+
+
+def tabulate(sides: Sequence[Side], factors: Sequence[float], unloaded: float, report: Report) -> None:
+    """Rates by factor that all seeds sustain, up to the lowest that one fails, and that the median seed sustains; the first side
+    against each other."""
     columns = ["", *[f"{factor:g}x" for factor in factors], *[f"{factor:g}x, median seed" for factor in factors]]
     rows: list[list[Cell]] = []
     ratios: list[list[Cell]] = []
-    sustained: dict[str, list[float | None]] = {}
-    for policy, curve in curves.items():
-        limits = [factor * unloaded for factor in factors]
-        rates = [curve.sustained(limit) for limit in limits] + [curve.sustained(limit, statistics.median) for limit in limits]
-        sustained[policy.name] = rates
-        rows.append([policy.name, *rates])
-    first, *others = sustained
-    for name in others:
-        pairs = zip(sustained[first], sustained[name], strict=True)
-        ratios.append([f"{first} to {name}", *(f"{a / b:.2f}x" if a and b else None for a, b in pairs)])
+    sustained: list[list[float | None]] = []
+    for side in sides:
+        own = [side.sustained(factor, factor * unloaded, statistic) for statistic in (max, statistics.median) for factor in factors]
+        sustained.append(own)
+        failing = [side.failing(factor, factor * unloaded) for factor in factors]
+        brackets = [f"{low:.3g} to {high:.3g}" if low and high else low for low, high in zip(own, failing, strict=False)]
+        rows.append([side.name, *brackets, *own[len(factors) :]])
+    for side, rates in zip(sides[1:], sustained[1:], strict=True):
+        pairs = zip(sustained[0], rates, strict=True)
+        ratios.append([f"{sides[0].name} to {side.name}", *(f"{a / b:.1f}x" if a and b else None for a, b in pairs)])
     limit = f"so many times the unloaded {1000 * unloaded:.2f} ms/token"
     report.table(f"requests/s sustained with p{PERCENTILE} normalised latency within {limit}", columns, rows)
     report.table("ratios", columns, ratios)
 
 
-def lines(curves: dict[Policy, Curve]) -> list[Line]:
+def lines(sides: Sequence[Side]) -> list[Line]:
     """Medians over the seeds with their range, in ms per token, as far as every seed was measured to its end."""
     drawn = []
-    for policy, curve in curves.items():
+    for policy, curve in ((policy, curve) for side in sides for policy, curve in side.curves.items()):
         finite = [(rate, [1000 * v for v in values]) for rate, values in sorted(curve.points.items()) if math.inf not in values]
         low, high = [min(values) for _, values in finite], [max(values) for _, values in finite]
         drawn.append(Line(policy.name, [rate for rate, _ in finite], [statistics.median(v) for _, v in finite], low, high))
@@ -150,10 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=["static", "static-skip"], default=["static"], help="(static)")
     parser.add_argument("--answers", choices=["own", "batch"], default="own", help="when a static request is answered")
     parser.add_argument("--factors", type=options.factors, default=[2.0, 4.0, 8.0], help="limits (2,4,8)")
-    parser.add_argument("--sweep-factor", type=options.factor, default=4.0, help="where (B, w) is chosen (default: %(default)s)")
     parser.add_argument("--seeds", type=options.numbers, default=[1, 2, 3], help="of the arrivals (1,2,3)")
     parser.add_argument("--window", type=options.factor, default=100.0, help="of arrivals, in mean unloaded latencies (100)")
-    parser.add_argument("--tolerance", type=options.factor, default=0.19, help="of sustained rates (default: %(default)s)")
+    parser.add_argument("--tolerance", type=options.factor, default=0.12, help="of sustained rates (default: %(default)s)")
     parser.add_argument("--clock", choices=list(TIMERS), default="cpu")
     parser.add_argument("--threads", type=options.positive, default=1)
     parser.add_argument("--dtype", default="auto")
@@ -172,18 +190,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     clock = f"the clock is {arguments.clock} time, idle time is jumped over"
     bench = Bench(llm.runner, lambda policy: policy.config(llm), jobs(shapes, llm.vocab_size), TIMERS[arguments.clock])
     report.say(f"rayline: {dtype_name(llm)}, {arguments.threads} threads; {clock}")
-    curves, unloaded = compare(bench, arguments, report)
-    tabulate(curves, arguments.factors, unloaded, report)
-    report.record("points", {policy.name: sorted(curve.points.items()) for policy, curve in curves.items()})
+    sides, unloaded = compare(bench, arguments, report)
+    tabulate(sides, arguments.factors, unloaded, report)
+    report.record("points", {p.name: sorted(curve.points.items()) for side in sides for p, curve in side.curves.items()})
     report.save(arguments.out)
     levels = {f"{factor:g} x unloaded": 1000 * factor * unloaded for factor in arguments.factors}
     title = f"{arguments.model}, {len(shapes)} requests, {len(arguments.seeds)} seeds: median and range"
     labels = ("requests/s (Poisson)", f"p{PERCENTILE} normalised latency, ms per output token")
-    draw_lines(arguments.out / "arrivals.png", title, *labels, lines(curves), levels, top=1.3 * max(levels.values()))
+    draw_lines(arguments.out / "arrivals.png", title, *labels, lines(sides), levels, top=1.3 * max(levels.values()))
 
 
-def compare(bench: Bench, arguments: Namespace, report: Report) -> tuple[dict[Policy, Curve], float]:
-    """Curves of continuous and of each static variant at its best (B, w), and the unloaded latency in seconds per token."""
+def compare(bench: Bench, arguments: Namespace, report: Report) -> tuple[list[Side], float]:
+    """Continuous and each static variant, and the unloaded latency in seconds per token."""
     continuous = Policy("continuous", arguments.slots)
     bench.alone(continuous)  # warm-up
     alone = bench.alone(continuous)
@@ -192,29 +210,40 @@ def compare(bench: Bench, arguments: Namespace, report: Report) -> tuple[dict[Po
     report.say(f"unloaded: {1000 * mean:.0f} ms a request, p{PERCENTILE} {1000 * unloaded:.2f} ms per output token")
     report.record("unloaded", {"mean_latency_s": mean, "p90_s_per_token": unloaded})
     bench = replace(bench, window_s=arguments.window * mean)
-    starts = {continuous: 2 / mean}
-    waits = [wait * mean for wait in arguments.waits]
-    for variant in arguments.variants:
-        candidates = grid(variant, arguments.batches, waits, arguments.answers == "batch")
-        best = best_static(bench, candidates, arguments.sweep_factor * unloaded, arguments.seeds[0], 0.1 / mean)
-        if best is None:
-            report.say(f"{variant}: no (B, w) holds {arguments.sweep_factor:g}x at {0.1 / mean:.3g} requests/s; left out")
-            continue
-        starts[best[0]] = best[1]
-        tried = f"B of {arguments.batches}, w of {[f'{1000 * wait:.0f} ms' for wait in waits]}"
-        report.say(f"{variant}: best of {tried} is {best[0].name}, at {best[1]:.3g} requests/s and {arguments.sweep_factor:g}x")
-    limits = [factor * unloaded for factor in arguments.factors]
-    curves: dict[Policy, Curve] = {}
-    for policy, start in starts.items():
+    late = 1.5 * max(arguments.factors) * unloaded
 
-        def measure(rate: float, policy: Policy = policy) -> list[float]:
-            values = [bench.latency(policy, rate, seed, late=1.5 * max(limits)) for seed in arguments.seeds]
+    def explored(policy: Policy, factors: Sequence[float], start: float) -> Curve:
+        def measure(rate: float) -> list[float]:
+            values = [bench.latency(policy, rate, seed, late) for seed in arguments.seeds]
             shown = ["given up" if math.isinf(value) else f"{value / unloaded:.2f}x" for value in values]
             print(f"{policy.name}: {rate:.3g} requests/s: {', '.join(shown)}", flush=True)
             return values
 
-        curves[policy] = explore(measure, limits, start, arguments.tolerance)
-    return curves, unloaded
+        return explore(measure, [factor * unloaded for factor in factors], start, arguments.tolerance)
+
+    whole = explored(continuous, arguments.factors, 2 / mean)
+    sides = [Side(continuous.name, dict.fromkeys(arguments.factors, continuous), {continuous: whole})]
+    waits = [wait * mean for wait in arguments.waits]
+    for variant in arguments.variants:
+        candidates = grid(variant, arguments.batches, waits, arguments.answers == "batch")
+        best: dict[float, Policy] = {}
+        starts: dict[Policy, float] = {}
+        rate = 0.1 / mean
+        for factor in sorted(arguments.factors):
+            found = best_static(bench, candidates, factor * unloaded, arguments.seeds[0], rate)
+            if found is None:
+                report.say(f"{variant}: no (B, w) holds {factor:g}x at {rate:.3g} requests/s")
+                continue
+            best[factor], rate = found  # what holds one factor holds the next
+            starts.setdefault(best[factor], rate)
+            tried = f"B of {arguments.batches}, w of {[f'{1000 * wait:.0f} ms' for wait in waits]}"
+            report.say(f"{variant}: best of {tried} at {factor:g}x is {best[factor].name}, with {rate:.3g} requests/s by one seed")
+        curves = {policy: explored(policy, [f for f, p in best.items() if p == policy], start) for policy, start in starts.items()}
+        sides.append(Side(f"{variant}, best (B, w)", best, curves))
+    report.say(
+        f"unloaded, measured again at the end: p{PERCENTILE} {1000 * percentile(bench.alone(continuous)):.2f} ms per output token"
+    )
+    return sides, unloaded
 
 
 if __name__ == "__main__":

@@ -9,22 +9,26 @@ Policies of our engine (cluster/batcher.py), all greedy, end-of-sequence ignored
     static        batches that are computed to the end of their longest row, finished rows too, as the original does
     static-skip   the same, finished rows skipped: they cost a place in the batch, but no arithmetic
 
-Static runs at its best batch size: the one of --sweep with the most output tokens per CPU second (which other load disturbs less)
-in one run over the first --sweep-requests requests, for each variant by itself. The policies then run in turn, repetition by
-repetition, with other tokens each time.
+Static runs at its best batch size: the one with the most output tokens per CPU second (which other load disturbs less) in one run
+over the first --sweep-requests requests, for each variant by itself. Tried are those of --sweep, and doubles of the largest one as
+long as it is the best, up to --sweep-most. That is --slots unless told otherwise: static gets at most as many slots as continuous,
+so that at its largest both may hold the same number of sequences. The policies then run in turn, repetition by repetition, with
+other tokens each time.
 
 Slot occupancy = useful rows / (slots x iterations). A row is useful if a client gets the token drawn for it; slots are the
 sequences that the policy runs at most (static: the batch size); iterations that draw no token (prefill only) are left out. It is
 given over the whole run, and over the iterations during which further requests wait, that is without the drain at the end, which
 a server under load doesn't have. Peers run in this process, on the same jobs: transformers' continuous batching with as many
-slots, and its static `generate` at our static side's best batch size, also in order of arrival. With --vllm PYTHON, the interpreter
-of an environment that has vLLM, that runs too, in a process of its own, with as many slots and threads.
+slots, and its static `generate` at its own best batch size, found in the same way, also in order of arrival. With --vllm PYTHON,
+the interpreter of an environment that has vLLM, that runs too, in a process of its own, with as many slots and threads.
 """
 
+import contextlib
 import dataclasses
 import os
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,9 +41,10 @@ from bench.contenders import (
     PolicyContender,
     continuous_generate,
     dtype_name,
-    faster_static,
+    faster_peer,
     interleave,
-    static_generate,
+    load_peer,
+    static_batches,
     times_faster,
     vllm_offline,
 )
@@ -48,52 +53,94 @@ from bench.workload import Job, Shape, at_once, jobs
 from cluster.config import Batching
 from cluster.offline import LLM
 
-
-def best_batch(batching: Batching, sizes: Sequence[int], rate: Callable[[Policy], float]) -> tuple[Policy, dict[int, float]]:
-    """The static policy of the highest rate (output tokens per second), and all rates; the smaller batch where they are equal."""
-    rates = {size: rate(Policy(batching, size)) for size in sorted(set(sizes))}
-    return Policy(batching, max(rates, key=lambda size: rates[size])), rates
+STATIC: tuple[Batching, Batching] = ("static", "static-skip")
 
 
-def swept(llm: LLM, sizes: Sequence[int], some: Sequence[Job], report: Report) -> list[Policy]:
-    """Both static variants, each at its best batch size over `some`."""
-    tokens = sum(job.output_tokens for job in some)
+@dataclass(frozen=True)
+class Sweep:
+    """Which batch sizes a static side tries, and on what."""
 
-    def rate(policy: Policy) -> float:
-        contender = PolicyContender(llm, policy)
-        contender.run(some)
-        return tokens / contender.cpu_s
+    sizes: Sequence[int]
+    most: int
+    """No larger one is tried."""
+    some: Sequence[Job]
+    report: Report
 
-    policies = []
-    variants: tuple[Batching, Batching] = ("static", "static-skip")
-    for batching in variants:
-        policy, rates = best_batch(batching, sizes, rate)
+    def best(self, what: str, make: Callable[[int], Contender]) -> int:
+        """The batch size of the most output tokens per CPU second."""
+        tokens = sum(job.output_tokens for job in self.some)
+
+        def rate(size: int) -> float:
+            contender = make(size)
+            contender.run(self.some)
+            return tokens / contender.cpu_s
+
+        best, rates = best_batch(self.sizes, self.most, rate)
         listed = ", ".join(f"{size}: {rate:.0f}" for size, rate in rates.items())
-        report.say(f"sweep of {batching} over {len(some)} requests, output tokens per CPU s by batch size: {listed}")
-        report.record(f"sweep {batching}", rates)
-        policies.append(policy)
-    return policies
+        edge = ", the largest allowed" if best == self.most else ""
+        self.report.say(
+            f"sweep of {what} over {len(self.some)} requests, output tokens per CPU s by batch size: {listed}; best: {best}{edge}"
+        )
+        self.report.record(f"sweep {what}", rates)
+        return best
 
 
-def peers(arguments: Namespace, batch: int, shapes: Sequence[Shape], vocab_size: int, report: Report) -> list[Contender]:
-    """What runs here of transformers; the reason is said for what doesn't. batch: of its static side."""
-    model, dtype = arguments.model, arguments.peer_dtype
-    trial = [dataclasses.replace(s, prompt_tokens=min(32, s.prompt_tokens), output_tokens=4) for s in shapes[:batch]]
+def best_batch(sizes: Sequence[int], most: int, rate: Callable[[int], float]) -> tuple[int, dict[int, float]]:
+    """The size of the highest rate (output tokens per second), and all rates; the smaller one where they are equal.
+
+    Sizes above `most` are cut to it. As long as the largest one is the best, its double is tried.
+    """
+    rates = {size: rate(size) for size in sorted({min(size, most) for size in sizes})}
+    while True:
+        best = max(rates, key=lambda size: rates[size])
+        if best < max(rates) or best == most:
+            return best, rates
+        larger = min(2 * best, most)
+        rates[larger] = rate(larger)
+
+
+def best_static(llm: LLM, batching: Batching, sweep: Sweep) -> Policy:
+    """At its best batch size."""
+    return Policy(batching, sweep.best(batching, lambda size: PolicyContender(llm, Policy(batching, size))))
+
+
+def peers(arguments: Namespace, sweep: Sweep, shapes: Sequence[Shape], vocab_size: int) -> list[Contender]:
+    """What runs here of transformers; the reason is said for what doesn't."""
+    model, dtype, say = arguments.model, arguments.peer_dtype, sweep.report.say
+    trial = [dataclasses.replace(s, prompt_tokens=min(32, s.prompt_tokens), output_tokens=32) for s in shapes[: sweep.most]]
     tokens = jobs(trial, vocab_size)
     if dtype == "faster":
-        static = faster_static(model, batch, tokens, report.say, by_length=False)
-        dtype = "bfloat16" if "bfloat16" in static.name else "float32"
+        loaded, dtype = faster_peer(model, sweep.most, tokens, say, by_length=False)
     else:
-        static = static_generate(model, dtype, batch, by_length=False)
-    found = [static]
-    try:
-        continuous = continuous_generate(model, dtype, arguments.slots, max(shape.total for shape in shapes))
-        continuous.generate(tokens[:2])
-    except Exception as error:  # whatever a peer of another version raises: the comparison goes on without it
-        report.say(f"left out: transformers' continuous batching does not run here: {type(error).__name__}: {error}")
-    else:
-        found.append(continuous)
+        loaded = load_peer(model, dtype)
+    batch = sweep.best("transformers generate", lambda size: static_batches(loaded, dtype, size, by_length=False))
+    found = [static_batches(loaded, dtype, batch, by_length=False)]
+    longest = max(shape.total for shape in (*shapes, *trial[:2]))
+    found += running(
+        "transformers' continuous batching", lambda: continuous_generate(model, dtype, arguments.slots, longest), tokens[:2], say
+    )
     return found
+
+
+def vllm(arguments: Namespace, llm: LLM, shapes: Sequence[Shape]) -> Contender:
+    """vLLM with our dtype."""
+    longest = max(shape.total for shape in shapes) + 1
+    return vllm_offline(arguments.vllm, arguments.model, dtype_name(llm), arguments.slots, longest, arguments.threads)
+
+
+def running(what: str, make: Callable[[], Contender], warm: Sequence[Job], say: Callable[[str], None]) -> list[Contender]:
+    """The peer, warm; none where it does not run here, for which the reason is said."""
+    try:
+        peer = make()
+        try:
+            peer.generate(warm)
+        except BaseException:
+            peer.close()
+            raise
+    except Exception as error:  # whatever a peer of another version raises: the comparison goes on without it
+        say(f"left out: {what} does not run here: {type(error).__name__}: {error}")
+        return []
+    return [peer]
 
 
 def tabulate(contenders: Sequence[Contender], tokens: int, report: Report) -> None:
@@ -117,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_workload(parser, requests=256, prompt_scale=0.125, output_scale=0.25)
     parser.add_argument("--slots", type=options.positive, default=DEFAULT_SLOTS, help="of continuous (default: %(default)s)")
     parser.add_argument("--sweep", type=options.numbers, default=[8, 16, 32, 64], help="batch sizes of static (8,16,32,64)")
+    parser.add_argument("--sweep-most", type=options.positive, help="largest batch of static (default: --slots)")
     parser.add_argument("--sweep-requests", type=options.positive, help="default: all")
     parser.add_argument("--repetitions", type=options.positive, default=3)
     parser.add_argument("--threads", type=options.positive, default=os.cpu_count() or 1)
@@ -128,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     report = Report("batching", command_line(argv))
     torch.set_num_threads(arguments.threads)
-    most = max(arguments.slots, DEFAULT_SLOTS, *arguments.sweep)
+    largest = arguments.sweep_most or arguments.slots
+    most = max(arguments.slots, DEFAULT_SLOTS, largest)
     settings = {"max_num_seqs": most, "max_num_batched_tokens": max(512, most), "kv_memory": arguments.kv_memory}
     llm = LLM(arguments.model, dtype=arguments.dtype, threads=arguments.threads, **settings)
     try:
@@ -137,23 +186,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     report.say(f"rayline: {dtype_name(llm)}, {arguments.threads} threads, pool of {llm.batcher.config.pool_tokens} tokens")
     PolicyContender(llm, Policy("continuous", arguments.slots)).run(jobs(shapes[:8], llm.vocab_size))
-    static, skip = swept(llm, arguments.sweep, jobs(shapes[: arguments.sweep_requests], llm.vocab_size), report)
-    policies = [Policy("continuous", arguments.slots), static, skip]
+    sweep = Sweep(arguments.sweep, largest, jobs(shapes[: arguments.sweep_requests], llm.vocab_size), report)
+    policies = [Policy("continuous", arguments.slots), *(best_static(llm, kind, sweep) for kind in STATIC)]
     if arguments.slots != DEFAULT_SLOTS:
         policies.append(Policy("continuous", DEFAULT_SLOTS))
-    contenders: list[Contender] = [PolicyContender(llm, policy) for policy in policies]
-    if arguments.peers:
-        contenders += peers(arguments, static.slots, shapes, llm.vocab_size, report)
-    if arguments.vllm:
-        dtype, longest = dtype_name(llm), max(shape.total for shape in shapes) + 1
-        vllm = vllm_offline(arguments.vllm, arguments.model, dtype, arguments.slots, longest, arguments.threads)
-        vllm.generate(jobs(shapes[:8], llm.vocab_size))
-        contenders.append(vllm)
-    try:
+    with contextlib.ExitStack() as stack:
+        contenders: list[Contender] = [PolicyContender(llm, policy) for policy in policies]
+
+        def enter(found: Sequence[Contender]) -> None:
+            for contender in found:
+                stack.callback(contender.close)
+            contenders.extend(found)
+
+        if arguments.peers:
+            enter(peers(arguments, sweep, shapes, llm.vocab_size))
+        if arguments.vllm:
+            enter(running("vLLM", lambda: vllm(arguments, llm, shapes), jobs(shapes[:8], llm.vocab_size), report.say))
         interleave(contenders, arguments.repetitions, lambda repetition: jobs(shapes, llm.vocab_size, repetition))
-    finally:
-        for contender in contenders:
-            contender.close()
     tokens = sum(shape.output_tokens for shape in shapes)
     tabulate(contenders, tokens, report)
     report.save(arguments.out)

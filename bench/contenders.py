@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.generation import ContinuousBatchingConfig
 
 from bench.driver import Drive, Hold, Occupancy
 from bench.peers import Peer
@@ -40,6 +39,8 @@ class Contender:
     """CPU seconds."""
     outputs: list[list[int]] = field(default_factory=list)
     """Of the last repetition."""
+    how: str = ""
+    """What it chose by itself, where that matters: its attention, say."""
 
     def run(self, jobs: Sequence[Job]) -> None:
         """One repetition. Raises RuntimeError where the number of tokens is wrong."""
@@ -131,7 +132,7 @@ class PolicyContender(Contender):
         self._llm = llm
 
     def _generate(self, jobs: Sequence[Job]) -> list[list[int]]:
-        drive = Drive(jobs, self.policy.config(self._llm), self._llm.runner, time.perf_counter, self.policy.hold)
+        drive = Drive(jobs, self.policy.config(self._llm), self._llm.runner, time.perf_counter)
         self.whole, self.in_demand = Occupancy(self.policy.slots), Occupancy(self.policy.slots)
         for iteration in drive.iterations():
             self.whole.add(iteration)
@@ -143,30 +144,42 @@ class PolicyContender(Contender):
 # --- peers ----------------------------------------------------------------------------------------------------------
 
 
-def _load(model: str, dtype: str, **options: Any) -> Any:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), **options).eval()
+def load_peer(model: str, dtype: str, device: str = "cpu", **options: Any) -> Any:
+    """transformers' own model, without an end of sequence."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), **options).to(device).eval()
     loaded.generation_config.eos_token_id = None
     return loaded
 
 
-def static_generate(model: str, dtype: str, batch: int, *, by_length: bool) -> Contender:
+@torch.inference_mode()
+def padded_generate(loaded: Any, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
+    """transformers' greedy generate() on one batch, padded on the left: `num_tokens` for each prompt."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=loaded.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=loaded.device)
+    rows = loaded.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+    tokens: list[list[int]] = rows[:, width:].tolist()
+    return tokens
+
+
+def static_generate(model: str, dtype: str, batch: int, *, by_length: bool, device: str = "cpu") -> Contender:
     """transformers' generate() on batches padded on the left; surplus tokens are thrown away.
 
     by_length: batches are made of outputs of similar length, which a server can't know; else in order of arrival.
     """
-    loaded = _load(model, dtype)
+    return static_batches(load_peer(model, dtype, device), dtype, batch, by_length=by_length)
+
+
+def static_batches(loaded: Any, dtype: str, batch: int, *, by_length: bool) -> Contender:
+    """static_generate of a loaded model."""
 
     def generate(jobs: Sequence[Job]) -> list[list[int]]:
         outputs: list[list[int]] = [[] for _ in jobs]
         order = sorted(range(len(jobs)), key=lambda i: jobs[i].output_tokens if by_length else i)
         for first in range(0, len(order), batch):
             some = order[first : first + batch]
-            width, most = max(len(jobs[i].prompt) for i in some), max(jobs[i].output_tokens for i in some)
-            ids = torch.tensor([[0] * (width - len(jobs[i].prompt)) + jobs[i].prompt for i in some])
-            mask = torch.tensor([[0] * (width - len(jobs[i].prompt)) + [1] * len(jobs[i].prompt) for i in some])
-            with torch.inference_mode():
-                rows = loaded.generate(ids, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=0)
-            for i, row in zip(some, rows[:, width:].tolist(), strict=True):
+            rows = padded_generate(loaded, [jobs[i].prompt for i in some], max(jobs[i].output_tokens for i in some))
+            for i, row in zip(some, rows, strict=True):
                 outputs[i] = row[: jobs[i].output_tokens]
         return outputs
 
@@ -174,33 +187,44 @@ def static_generate(model: str, dtype: str, batch: int, *, by_length: bool) -> C
     return Contender(f"transformers generate {dtype} (batch {batch}, {order})", generate)
 
 
-def faster_static(model: str, batch: int, trial: Sequence[Job], say: Callable[[str], None], *, by_length: bool) -> Contender:
-    """static_generate in whichever of fp32 and bf16 takes less CPU time for the trial here."""
-    candidates = [static_generate(model, dtype, batch, by_length=by_length) for dtype in ("float32", "bfloat16")]
-    for candidate in candidates:
+def faster_peer(model: str, batch: int, trial: Sequence[Job], say: Callable[[str], None], *, by_length: bool) -> tuple[Any, str]:
+    """transformers' model in whichever of fp32 and bf16 takes less CPU time here for the trial in static batches, and that."""
+    loaded: dict[str, Any] = {}
+    spent: dict[str, float] = {}
+    for dtype in ("float32", "bfloat16"):
+        loaded[dtype] = load_peer(model, dtype)
+        candidate = static_batches(loaded[dtype], dtype, batch, by_length=by_length)
         candidate.run(trial[:1])
         candidate.run(trial)
-        say(f"trial: {candidate.name} took {candidate.cpu[-1]:.2f} CPU s for {len(trial)} requests")
-    best = min(candidates, key=lambda candidate: candidate.cpu[-1])
-    return Contender(best.name, best.generate)
+        spent[dtype] = candidate.cpu[-1]
+        say(f"trial: {candidate.name} took {spent[dtype]:.2f} CPU s for {len(trial)} requests")
+    best = min(spent, key=lambda dtype: spent[dtype])
+    return loaded[best], best
 
 
-def continuous_generate(model: str, dtype: str, slots: int, longest: int) -> Contender:
-    """transformers' continuous batching, one manager for all repetitions; sequences of at most `longest` tokens.
+def continuous_generate(
+    model: str, dtype: str, slots: int, longest: int, *, device: str = "cpu", step_tokens: int = 512
+) -> Contender:
+    """transformers' continuous batching with its SDPA attention (its flash attention is a package of its own), one manager for all
+    repetitions; sequences of at most `longest` tokens.
 
     Its thread competes with nothing here while it runs. Whatever it raises where it can't run on this machine, is raised.
     """
+    from transformers.generation import ContinuousBatchingConfig
+
     page = 32
-    config = ContinuousBatchingConfig(
-        page_size=page,
-        num_blocks=slots * -(-longest // page) + 1,
-        max_batch_tokens=max(512, slots),
-        max_requests_per_batch=slots,
-        allow_block_sharing=False,
-    )
+    sizes = {  # 5.17 names "block_size" deprecated, for "page_size"; versions before know only the former
+        "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size": page,
+        "num_blocks": slots * -(-longest // page) + 1,
+        "max_batch_tokens": max(step_tokens, slots),
+        "max_requests_per_batch": slots,
+        "allow_block_sharing": False,
+    }
     defaults = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=longest)
-    loaded = _load(model, dtype, attn_implementation="sdpa")
+    loaded = load_peer(model, dtype, device, attn_implementation="sdpa")
+    config = ContinuousBatchingConfig(**sizes)
     manager: Any = loaded.init_continuous_batching(generation_config=defaults, continuous_batching_config=config)
+    how = _how(loaded, manager, device)
     manager.start()
 
     def generate(jobs: Sequence[Job]) -> list[list[int]]:
@@ -219,13 +243,22 @@ def continuous_generate(model: str, dtype: str, slots: int, longest: int) -> Con
                 outputs[numbers.pop(output.request_id)] = list(output.generated_tokens)
         return outputs
 
-    return Contender(f"transformers continuous {dtype} (slots {slots})", generate, lambda: manager.stop(block=True))
+    name = f"transformers continuous {dtype} (slots {slots})"
+    return Contender(name, generate, lambda: manager.stop(block=True, timeout=30), how=how)
+
+
+def _how(loaded: Any, manager: Any, device: str) -> str:
+    # Both are settled when the manager is made: it may switch to flash attention, and masks go without graphs.
+    graphs = getattr(getattr(manager, "continuous_batching_config", None), "use_cuda_graph", None)
+    without = device != "cpu" and graphs in (False, (False, False))
+    return f"{loaded.config._attn_implementation}{', without CUDA graphs' if without else ''}"
 
 
 def vllm_offline(python: Path, model: str, dtype: str, slots: int, longest: int, threads: int) -> Contender:
     """vLLM of the environment that `python` belongs to, in a process of its own; sequences of at most `longest` tokens.
 
-    Raises PeerError where it doesn't start.
+    It runs as it comes, but for the dtype, which is ours, and the binding of its threads: no LD_PRELOAD of tcmalloc, which vLLM's
+    documents recommend on CPUs, is set (set it in the environment to have it). Raises PeerError where it doesn't start.
     """
     # Without a binding it keeps one of two cores for itself.
     environment = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}" if threads > 1 else "0"}

@@ -81,7 +81,6 @@ class Iteration:
     """Of these, tokens that a client still wanted."""
     waiting: int
     """Requests that had arrived and were not in the running set."""
-    seconds: float
 
 
 @dataclass
@@ -190,7 +189,7 @@ class Drive:
                 if delta.finish is None:
                     self.batcher.cancel(delta.request)
         self._answer()
-        return Iteration(sum(chunk.sample for chunk in plan.chunks), sum(bool(delta.tokens) for delta in deltas), waiting, spent)
+        return Iteration(sum(chunk.sample for chunk in plan.chunks), sum(bool(delta.tokens) for delta in deltas), waiting)
 
     def _answer(self) -> None:
         if self._hold is not None and self._hold.together and any(s.finish is None for s in self.batcher.running):

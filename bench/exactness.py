@@ -1,9 +1,10 @@
 """How often a token flips: the table of docs/exactness.md.
 
-    python -m bench.exactness [MODEL ...] [--tokens 10000] [--write]
+    python -m bench.exactness [MODEL ...] [--dtypes float32 bfloat16] [--tokens N] [--write]
 
 MODEL is a directory, or the name of a model of bench.models, which is made in a temporary directory; the demo and S where none is
-named. --write puts the table into docs/exactness.md.
+named. --write puts the rows into docs/exactness.md, in place of those of the same models and dtypes, with the command line and the
+machine that gave them. Without --tokens and --sequences it counts as much as default_counts says.
 
 The reference of a sequence is itself run alone: its whole prompt in one prefill, then token by token; every other sequence goes on
 with its likeliest tokens, the rest with tokens drawn at temperature 1. Each cause then runs the same sequences in another way, but
@@ -14,22 +15,25 @@ arg-max of the logits is not the reference's, and the token drawn from them at t
 import argparse
 import math
 import os
-import platform
 import random
+import re
+import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench import models
+from bench import models, options
 from bench.plans import PlanWriter
+from bench.report import command_line, cpu_model
 from cluster.config import Config
-from cluster.model import ModelFiles, open_model
+from cluster.model import DEMO_MODEL, ModelFiles, open_model
 from cluster.protocol import SamplingParams
 from compress.corpus import collect, standard_library
+from parallel.linear import cpu_computes_bfloat16
 from router.tokenizer import load
 from workers.device import resolve_device, torch_dtype
 from workers.runner import ModelRunner, load_runner
@@ -38,11 +42,14 @@ from workers.sequences import SequenceTable, Span
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "exactness.md"
-DEMO = ROOT / "deploy" / "demo"
 BEGIN, END = "<!-- table: python -m bench.exactness --write -->", "<!-- end of table -->"
 BLOCK_SIZE = 16
+FULL = 10_000
+"""Tokens for each cause where arithmetic is fast."""
 WAVE = 64
-"""Sequences at a time: the references' logits are kept for so many."""
+"""Most sequences at a time: the references' logits are kept for so many."""
+_LARGE = 32 << 20
+"""Bytes of a checkpoint that takes its time on a CPU: S has 71 million, the demo 7."""
 LONG = 8
 """Every so many sequences one has a prompt of over 512 tokens."""
 
@@ -162,10 +169,8 @@ def comparison(tally: Tally, begin: int = 0) -> Observe:
 
 
 def batched(runner: ModelRunner, cases: Sequence[Case], tally: Tally, size: int) -> None:
-    """`size` at a time: prompts together in one plan, then decodes together. Nothing where there are fewer."""
-    if len(cases) < size:
-        return
-    for first in range(0, len(cases), size):
+    """`size` at a time: prompts together in one plan, then decodes together. What does not fill a batch is left out."""
+    for first in range(0, len(cases) - size + 1, size):
         some = cases[first : first + size]
         run = Run(runner, some, comparison(tally))
         for case in some:
@@ -251,6 +256,7 @@ def make_cases(files: ModelFiles, count: int, length: int) -> list[Case]:
 
 def measure(runner: ModelRunner, files: ModelFiles, tokens: int, causes: Sequence[str], sequences: int = WAVE) -> dict[str, Tally]:
     """Tallies of about `tokens` tokens for each cause; `sequences` at a time, up to WAVE."""
+    assert 0 < sequences <= WAVE, "the pool holds a wave"
     waves = max(1, round(tokens / (sequences * WAVE)))
     length = max(2, math.ceil(tokens / (sequences * waves)))
     cases = make_cases(files, waves * sequences, length)
@@ -291,7 +297,7 @@ def interval(flips: int, tokens: int) -> tuple[float, float]:
 def rate(flips: int, tokens: int) -> str:
     """Flips per 10,000 with their interval."""
     if not tokens:
-        return "-"
+        return "not counted"
     low, high = interval(flips, tokens)
     return f"{1e4 * flips / tokens:.3g} ({1e4 * low:.2g} to {1e4 * high:.2g})"
 
@@ -308,25 +314,66 @@ HEADER = (
 )
 
 
-def write_page(lines: Sequence[str], page: Path = PAGE) -> None:
-    """Replace what stands between the markers."""
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    page.write_text("\n".join((before + BEGIN, "", *lines, "", END)) + rest.split(END)[1], encoding="utf-8")
+def default_counts(files: ModelFiles, dtype: str, device: torch.device) -> tuple[int, int]:
+    """Tokens for each cause and sequences at a time: fewer in what a CPU without bf16 arithmetic takes long for."""
+    if device.type == "cuda" or cpu_computes_bfloat16():
+        return FULL, WAVE
+    large = sum(file.stat().st_size for file in files.path.glob("*.safetensors")) > _LARGE
+    if dtype == "float32":
+        return (2560, WAVE) if large else (FULL, WAVE)
+    return (512, 16) if large else (2560, WAVE)
 
 
-def _machine(device: str, threads: int) -> str:
-    if resolve_device(device).type == "cuda":
+# --- the page ------------------------------------------------------------------------------------------------------
+
+Pair = tuple[str, str]
+"""Model and dtype."""
+
+
+@dataclass
+class Measured:
+    """What the page has of one pair."""
+
+    source: str
+    """Device, command line and machine, as one line says them."""
+    rows: list[str] = field(default_factory=list)
+
+
+def source(device: str, command: str, machine: str) -> str:
+    """A pair's line below the table, from the device on."""
+    return f"{device}, `{command}`, {machine}"
+
+
+_ROW = re.compile(r"\| ([^|]+) \| ([^|]+) \| [^|]+ \| \d+ \|")
+_SOURCE = re.compile(r"- ([^,]+), ([^,]+): ((?:cpu|cuda), `[^`]+`, .+)")
+
+
+def read_page(page: Path = PAGE) -> dict[Pair, Measured]:
+    """What stands between the markers. Raises ValueError for a row without a source."""
+    lines = page.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].splitlines()
+    found = {(match[1], match[2]): Measured(match[3]) for line in lines if (match := _SOURCE.fullmatch(line))}
+    for line in lines:
+        if match := _ROW.match(line):
+            if (match[1], match[2]) not in found:
+                raise ValueError(f"{page.name} does not say what gave: {line}")
+            found[match[1], match[2]].rows.append(line)
+    return found
+
+
+def write_page(measured: Mapping[Pair, Measured], page: Path = PAGE) -> None:
+    """Put the pairs between the markers, in place of what was there of just these."""
+    found = {**read_page(page), **measured}
+    rows = [row for one in found.values() for row in one.rows]
+    sources = [f"- {model}, {dtype}: {one.source}" for (model, dtype), one in found.items()]
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    parts = (before + BEGIN, "", *HEADER, *rows, "", "What gave the rows:", "", *sources, "", END)
+    page.write_text("\n".join(parts) + rest.split(END)[1], encoding="utf-8")
+
+
+def _machine(device: torch.device, threads: int) -> str:
+    if device.type == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{os.cpu_count()} cores of a {_cpu_name()}, {threads} threads, torch {torch.__version__}, {platform.machine()}"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "CPU"
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{threads} of {os.cpu_count()} cores of a {cpu_model()}, torch {torch.__version__}"
 
 
 def _paths(names: Sequence[str], scratch: Path) -> Iterator[Path]:
@@ -339,35 +386,41 @@ def _paths(names: Sequence[str], scratch: Path) -> Iterator[Path]:
             yield Path(name)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=[str(DEMO), "S"], metavar="MODEL")
-    parser.add_argument("--tokens", type=int, default=10_000, help="for each cause, about")
+    parser.add_argument("models", nargs="*", default=[str(DEMO_MODEL), "S"], metavar="MODEL")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--tokens-half", type=int, help="for each cause in dtypes other than float32; default: as --tokens")
-    parser.add_argument("--sequences", type=int, default=WAVE, help="at a time; fewer have fewer prompts to compute")
+    parser.add_argument("--tokens", type=options.positive, help="for each cause, about")
+    parser.add_argument("--sequences", type=options.positive, help=f"at a time, up to {WAVE}; fewer have fewer prompts to compute")
     parser.add_argument("--causes", nargs="+", default=list(CAUSES), choices=list(CAUSES), metavar="CAUSE")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=options.positive, default=os.cpu_count() or 1)
     parser.add_argument("--machine", help="its name on the page; default: what it says of itself")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/exactness.md")
-    arguments = parser.parse_args()
+    parser.add_argument("--write", action="store_true", help="put the rows into docs/exactness.md")
+    parser.add_argument("--page", type=Path, default=PAGE, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.sequences is not None and arguments.sequences > WAVE:
+        parser.error(f"--sequences is {arguments.sequences}, but the logits of at most {WAVE} are kept")
+    if arguments.write and set(arguments.causes) != set(CAUSES):
+        parser.error("--write needs all causes: it replaces all rows of a model and dtype")
     torch.set_num_threads(arguments.threads)
-    machine = arguments.machine or _machine(arguments.device, arguments.threads)
-    lines = [f"Measured on: {machine}.", "", *HEADER]
-    print("\n".join(lines), flush=True)
+    device = resolve_device(arguments.device)
+    machine = arguments.machine or _machine(device, arguments.threads)
+    came_from = source(device.type, shlex.join(["python", "-m", "bench.exactness", *command_line(argv)]), machine)
+    print("\n".join((f"What gives the rows: {came_from}", "", *HEADER)), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         for path in _paths(arguments.models, Path(scratch)):
             files = open_model(str(path))
             for dtype in arguments.dtypes:
-                tokens = arguments.tokens if dtype == "float32" else arguments.tokens_half or arguments.tokens
-                runner = load_bare(files, dtype, arguments.device, max(2, math.ceil(tokens / arguments.sequences)))
-                for cause, tally in measure(runner, files, tokens, arguments.causes, arguments.sequences).items():
-                    lines.append(row(path.name, dtype, cause, tally))
-                    print(lines[-1], flush=True)
-    if arguments.write:
-        write_page(lines)
+                usual = default_counts(files, dtype, device)
+                tokens, sequences = arguments.tokens or usual[0], arguments.sequences or usual[1]
+                runner = load_bare(files, dtype, arguments.device, max(2, math.ceil(tokens / sequences)))
+                tallies = measure(runner, files, tokens, arguments.causes, sequences)
+                measured = Measured(came_from, [row(path.name, dtype, cause, tally) for cause, tally in tallies.items()])
+                print("\n".join(measured.rows), flush=True)
+                if arguments.write:
+                    write_page({(path.name, dtype): measured}, arguments.page)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python -m bench.gpu [--models S M L] [--out DIR]
 
-Works from a bare checkout beside torch, transformers and triton (no Ray, no msgspec), in some seven minutes on an H200; with
---device cpu anywhere. The models of bench.models are made first, in a temporary directory or in --directory.
+Works from a bare checkout beside torch, transformers and triton (no Ray, no msgspec), meant to end in seven minutes on an H200;
+with --device cpu anywhere. The models of bench.models are made first, in a temporary directory or in --directory.
 
-1. fp32: greedy tokens of several prompts, batched and prefilled in chunks, must be those of transformers' generate(), run alone.
-   The exit code says whether they are. Largest logit difference on the same tokens.
+1. fp32: greedy tokens of several prompts, batched and prefilled in chunks, must be those of transformers' generate(), run alone,
+   except from a near-tie on, where our token is within NEAR_TIE of transformers' best logit. The exit code says whether they are.
+   Largest logit difference on the same tokens.
 2. Other dtypes: agreement of the arg-max, and logit differences, to transformers in that dtype and to transformers in fp32.
 3. Requests with prompts of 32 to 256 and outputs of 16 to 128 tokens, all at once, greedy: Rayline, transformers' static generate()
    (one batch padded on the left; surplus tokens don't count) and its continuous batching, in turn, repetition by repetition.
@@ -30,8 +31,9 @@ import transformers
 from torch import Tensor
 
 from bench import models, options
+from bench.contenders import continuous_generate, load_peer, padded_generate, static_generate
 from bench.exactness import Case, Run
-from bench.gpu_sides import build, compare, continuous, free, generate, load_oracle, load_ours, rayline, rows, static
+from bench.gpu_sides import LONGEST, STEP_TOKENS, build, compare, free, load_ours, rayline, rows
 from bench.report import Cell, Report, command_line
 from bench.workload import jobs, uniform_shapes
 from cluster.model import open_model
@@ -40,6 +42,8 @@ from cluster.protocol import SamplingParams
 
 PROMPTS = (1, 7, 40, 64, 65, 130, 200, 300)
 """Lengths of the prompts whose tokens are checked."""
+NEAR_TIE = 1e-4
+"""Two logits that are closer may change places: sums of fp32 in another order differ by some 1e-5."""
 
 
 # --- parity ---------------------------------------------------------------------------------------------------------
@@ -91,34 +95,81 @@ def agreement(some: Sequence[Tensor], others: Sequence[Tensor]) -> str:
     return f"{same} of {sum(len(one) for one in some)}"
 
 
-def check_fp32(path: Path, device: str, num_tokens: int, say: Callable[[str], None]) -> tuple[list[Checked], list[Cell], bool]:
-    """What transformers gives, a row of the table, and whether our tokens are the same."""
-    oracle = load_oracle(path, "float32", device)
+@dataclass(frozen=True)
+class Difference:
+    """The first token of an output that is not transformers'."""
+
+    at: int
+    behind: float
+    """So far is our token's logit below the best, both transformers'."""
+
+    @property
+    def near_tie(self) -> bool:
+        """It proves nothing wrong."""
+        return self.behind < NEAR_TIE
+
+
+def difference(own: Sequence[int], checked: Checked) -> Difference | None:
+    """None where all tokens are the same."""
+    for at, (ours, theirs) in enumerate(zip(own, checked.tokens, strict=True)):
+        if ours != theirs:
+            logits = checked.logits[at]
+            return Difference(at, float(logits.max() - logits[ours]))
+    return None
+
+
+@dataclass
+class Verdict:
+    """On fp32 outputs."""
+
+    same: int = 0
+    near_ties: int = 0
+    wrong: int = 0
+
+    def add(self, found: Difference | None) -> None:
+        """Count one output in."""
+        if found is None:
+            self.same += 1
+        elif found.near_tie:
+            self.near_ties += 1
+        else:
+            self.wrong += 1
+
+    def __add__(self, other: "Verdict") -> "Verdict":
+        return Verdict(self.same + other.same, self.near_ties + other.near_ties, self.wrong + other.wrong)
+
+    def __str__(self) -> str:
+        near = f", {self.near_ties} more up to a near-tie" if self.near_ties else ""
+        return f"{self.same} of {self.same + self.near_ties + self.wrong}{near}"
+
+
+def check_fp32(path: Path, device: str, num_tokens: int, say: Callable[[str], None]) -> tuple[list[Checked], list[Cell], Verdict]:
+    """What transformers gives, a row of the table, and how far our tokens are the same."""
+    oracle = load_peer(str(path), "float32", device)
     shapes = [dataclasses.replace(shape, prompt_tokens=n) for shape, n in zip(uniform_shapes(len(PROMPTS)), PROMPTS, strict=True)]
     prompts = [job.prompt for job in jobs(shapes, oracle.config.vocab_size)]
-    tokens = [generate(oracle, [prompt], num_tokens)[0] for prompt in prompts]
+    tokens = [padded_generate(oracle, [prompt], num_tokens)[0] for prompt in prompts]
     checked = [Checked(p, t, teacher_forced(oracle, p, t)) for p, t in zip(prompts, tokens, strict=True)]
     del oracle
     llm = load_ours(path, "float32", device, slots=16, budget=64)
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens)
     ours = [completion.outputs[0].token_ids for completion in llm.generate(prompts, params, ignore_eos=True)]
+    verdict = Verdict()
     for c, own in zip(checked, ours, strict=True):
-        if own != c.tokens:
-            at = next(i for i, (a, b) in enumerate(zip(own, c.tokens, strict=True)) if a != b)
-            top = c.logits[at].topk(2).values.tolist()
-            say(
-                f"prompt of {len(c.prompt)}: token {at} differs, where transformers' two best logits are {top[0]:.6f}, {top[1]:.6f}"
-            )
-    same = sum(own == c.tokens for c, own in zip(checked, ours, strict=True))
+        found = difference(own, c)
+        verdict.add(found)
+        if found is not None:
+            kind = "a near-tie" if found.near_tie else "WRONG"
+            say(f"prompt of {len(c.prompt)}: token {found.at} differs: {kind}, {found.behind:.1e} below transformers' best logit")
     logits, wanted = our_logits(llm, checked), [c.logits for c in checked]
     gap = largest(logits, wanted)
-    row: list[Cell] = [path.name, "float32", f"{same} of {len(ours)}", agreement(logits, wanted), f"{gap:.1e}", None, None]
-    return checked, row, same == len(ours)
+    row: list[Cell] = [path.name, "float32", str(verdict), agreement(logits, wanted), f"{gap:.1e}", None, None]
+    return checked, row, verdict
 
 
 def check_half(path: Path, dtype: str, device: str, checked: Sequence[Checked]) -> list[Cell]:
     """A row of the table."""
-    oracle = load_oracle(path, dtype, device)
+    oracle = load_peer(str(path), dtype, device)
     theirs = [teacher_forced(oracle, c.prompt, c.tokens) for c in checked]
     del oracle
     ours = our_logits(load_ours(path, dtype, device, slots=16, budget=64), checked)
@@ -159,7 +210,7 @@ def markdown(columns: Sequence[str], lines: Sequence[Sequence[Cell]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 1 where fp32 tokens differ."""
+    """Command line; 1 where fp32 tokens differ, other than from a near-tie on."""
     parser = options.parser(__doc__)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--models", nargs="+", default=["S", "M", "L"], choices=list(models.MODELS))
@@ -181,13 +232,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         directory: Path = arguments.directory or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         paths = make_models(directory, arguments.models, arguments.device, report.say)
-        parity, same = run_parity(paths, arguments, report)
+        parity, verdict = run_parity(paths, arguments, report)
         speed = [] if arguments.no_speed else run_speed(paths, arguments, until, report)
     report.save(arguments.out)
     page = [facts(arguments.device), markdown(PARITY, parity), markdown(SPEED, speed)]
     (arguments.out / "gpu.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
-    report.say("fp32: all tokens are those of transformers" if same else "fp32: TOKENS DIFFER from those of transformers")
-    return 0 if same else 1
+    if verdict.wrong:
+        report.say("fp32: TOKENS DIFFER from those of transformers")
+        return 1
+    report.say(f"fp32: all tokens are those of transformers{', but from near-ties on' if verdict.near_ties else ''}")
+    return 0
 
 
 def make_models(directory: Path, names: Sequence[str], device: str, say: Callable[[str], None]) -> list[Path]:
@@ -202,13 +256,13 @@ def make_models(directory: Path, names: Sequence[str], device: str, say: Callabl
     return [directory / name for name in names]
 
 
-def run_parity(paths: Sequence[Path], arguments: argparse.Namespace, report: Report) -> tuple[list[list[Cell]], bool]:
-    """The table's lines, and whether all fp32 tokens are the same."""
+def run_parity(paths: Sequence[Path], arguments: argparse.Namespace, report: Report) -> tuple[list[list[Cell]], Verdict]:
+    """The table's lines, and how far all fp32 tokens are the same."""
     lines: list[list[Cell]] = []
-    all_same = True
+    whole = Verdict()
     for path in paths:
-        checked, row, same = check_fp32(path, arguments.device, arguments.tokens, report.say)
-        all_same &= same
+        checked, row, verdict = check_fp32(path, arguments.device, arguments.tokens, report.say)
+        whole += verdict
         lines.append(row)
         report.say(f"{path.name} float32: {row[2]} outputs the same, largest logit difference {row[4]}")
         for dtype in arguments.dtypes:
@@ -218,7 +272,7 @@ def run_parity(paths: Sequence[Path], arguments: argparse.Namespace, report: Rep
                 report.say(f"{path.name} {dtype}: arg-max {lines[-1][3]}, to theirs, ours and theirs to fp32: {lines[-1][4:]}")
         free()
     report.table("against transformers on the same tokens", PARITY, lines)
-    return lines, all_same
+    return lines, whole
 
 
 def run_speed(paths: Sequence[Path], arguments: argparse.Namespace, until: float, report: Report) -> list[list[Cell]]:
@@ -242,11 +296,13 @@ def run_comparison(
     path: Path, dtype: str, requests: int, arguments: argparse.Namespace, until: float, say: Callable[[str], None]
 ) -> list[list[Cell]]:
     """The table's lines for one model, dtype and number of requests. Nothing is left on the device."""
-    device: str = arguments.device
+    model, device = str(path), str(arguments.device)
     makers = {
         "rayline": lambda: rayline(path, dtype, device, requests),
-        "transformers static": lambda: static(path, dtype, device),
-        "transformers continuous": lambda: continuous(path, dtype, device, requests),
+        "transformers generate, static": lambda: static_generate(model, dtype, requests, by_length=False, device=device),
+        "transformers continuous batching": lambda: continuous_generate(
+            model, dtype, requests, LONGEST, device=device, step_tokens=STEP_TOKENS
+        ),
     }
     shapes, vocab = uniform_shapes(requests), open_model(str(path)).shape.vocab_size
     warm = [dataclasses.replace(shape, output_tokens=4) for shape in shapes]

@@ -1,8 +1,6 @@
-"""The sides of bench.gpu: ours and transformers' on a device, and what they take of its memory.
+"""The sides of bench.gpu: which of them run here, in turn, and what each takes of the device's memory."""
 
-Both kinds of transformers' batching are those of bench.contenders, but on a device, in one batch, and for more than one version.
-"""
-
+import dataclasses
 import gc
 import statistics
 import time
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
 
 from bench.contenders import Contender
 from bench.report import Cell
@@ -24,76 +21,6 @@ LONGEST = 512
 """Tokens of the longest sequence."""
 STEP_TOKENS = 2048
 """Tokens of one iteration, on both sides that batch continuously."""
-
-
-# --- transformers ---------------------------------------------------------------------------------------------------
-
-
-def load_oracle(path: Path, dtype: str, device: str, **options: Any) -> Any:
-    """transformers' own model."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **options).to(device).eval()
-    loaded.generation_config.eos_token_id = None
-    return loaded
-
-
-@torch.inference_mode()
-def generate(oracle: Any, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
-    """Greedy continuations of prompts padded on the left, end-of-sequence ignored."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=oracle.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=oracle.device)
-    rows = oracle.generate(ids, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
-    tokens: list[list[int]] = rows[:, width:].tolist()
-    return tokens
-
-
-def static(path: Path, dtype: str, device: str) -> Contender:
-    """generate() on all requests as one batch."""
-    oracle = load_oracle(path, dtype, device)
-
-    def run(work: Sequence[Job]) -> list[list[int]]:
-        rows = generate(oracle, [job.prompt for job in work], max(job.output_tokens for job in work))
-        return [row[: job.output_tokens] for row, job in zip(rows, work, strict=True)]
-
-    return Contender("transformers generate, static", run)
-
-
-def continuous(path: Path, dtype: str, device: str, slots: int) -> Contender:
-    """transformers' continuous batching with its SDPA attention: its flash attention comes from a hub or a package of its own."""
-    from transformers.generation import ContinuousBatchingConfig
-
-    page = 32
-    sizes = {  # "page_size" came, and "block_size" went, after 5.17
-        "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size": page,
-        "num_blocks": slots * (LONGEST // page) + 1,
-        "max_batch_tokens": max(STEP_TOKENS, slots),
-        "max_requests_per_batch": slots,
-        "allow_block_sharing": False,
-    }
-    defaults = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=LONGEST)
-    oracle = load_oracle(path, dtype, device, attn_implementation="sdpa")
-    manager = oracle.init_continuous_batching(
-        generation_config=defaults, continuous_batching_config=ContinuousBatchingConfig(**sizes)
-    )
-    manager.start()
-
-    def run(work: Sequence[Job]) -> list[list[int]]:
-        numbers = {
-            manager.add_request(job.prompt, max_new_tokens=job.output_tokens, eos_token_id=-1): i for i, job in enumerate(work)
-        }
-        outputs: list[list[int]] = [[] for _ in work]
-        while numbers:
-            output = manager.get_result(timeout=1)
-            if output is None:
-                if not manager.is_running():
-                    raise RuntimeError("its thread has ended")
-            elif output.error:
-                raise RuntimeError(output.error)
-            elif output.is_finished():
-                outputs[numbers.pop(output.request_id)] = list(output.generated_tokens)
-        return outputs
-
-    return Contender("transformers continuous batching", run, lambda: manager.stop(block=True, timeout=30))
 
 
 # --- ours -----------------------------------------------------------------------------------------------------------
@@ -167,7 +94,8 @@ def build(makers: dict[str, Callable[[], Contender]], warm: Sequence[Job], say: 
         free()
         before = allocated()
         try:
-            side = Side(make(), 0.0)
+            made = make()
+            side = Side(dataclasses.replace(made, name=f"{name} ({made.how})" if made.how else name), 0.0)
         except Exception as error:
             say(f"{name} is left out: {reason(error)}")
             continue
@@ -185,23 +113,25 @@ def build(makers: dict[str, Callable[[], Contender]], warm: Sequence[Job], say: 
 
 
 def compare(sides: Sequence[Side], work: Callable[[int], list[Job]], repetitions: int, until: float) -> None:
-    """All sides in turn, until the time is over."""
+    """All sides in turn. No repetition but the first begins when the time is over; one that began is for all sides."""
     for repetition in range(1, repetitions + 1):
+        if repetition > 1 and time.monotonic() >= until:
+            return
         some = work(repetition)
         for side in sides:
-            if not side.failed and (repetition == 1 or time.monotonic() < until):
+            if not side.failed:
                 side.run(some)
 
 
 def rows(sides: Sequence[Side], name: str, dtype: str, requests: int, tokens: int) -> Iterator[list[Cell]]:
     """Lines of the table."""
-    ours = next((side.contender for side in sides if side.contender.name == "rayline" and side.contender.wall), None)
+    ours = next((side.contender for side in sides if side.contender.name == "rayline" and not side.failed), None)
     for side in sides:
         c = side.contender
-        if side.failed or not c.wall:
-            yield [name, dtype, requests, c.name, side.failed or "no time left", None, None, None, None, None]
+        if side.failed:
+            yield [name, dtype, requests, c.name, side.failed, None, None, None, None, None]
             continue
-        pairs = [theirs / own for own, theirs in zip(ours.wall, c.wall, strict=False)] if ours else []
+        pairs = [theirs / own for own, theirs in zip(ours.wall, c.wall, strict=True)] if ours else []
         same = sum(a == b for a, b in zip(ours.outputs, c.outputs, strict=True)) if ours else None
         middle = statistics.median(c.wall)
         ratio = statistics.median(pairs) if pairs else None

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from bench import options
-from bench.contenders import faster_static, interleave, rayline, static_generate, times_faster
+from bench.contenders import faster_peer, interleave, load_peer, rayline, static_batches, times_faster
 from bench.report import Cell, Report, command_line, draw_bars
 from bench.workload import jobs, uniform_shapes
 from cluster.offline import LLM
@@ -40,12 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     llm = LLM(arguments.model, dtype=arguments.dtype, threads=arguments.threads, max_model_len=512)
     shapes = uniform_shapes(arguments.requests)
     report.say(f"{len(shapes)} requests at once, {arguments.threads} threads: {options.summary(shapes)}")
-    trial = [dataclasses.replace(shape, prompt_tokens=32, output_tokens=4) for shape in shapes]
+    trial = [dataclasses.replace(shape, prompt_tokens=32, output_tokens=32) for shape in shapes]
     ours = rayline(llm)
     if arguments.peer_dtype == "faster":
-        peer = faster_static(arguments.model, arguments.batch, jobs(trial, llm.vocab_size), report.say, by_length=True)
+        loaded, dtype = faster_peer(arguments.model, arguments.batch, jobs(trial, llm.vocab_size), report.say, by_length=True)
     else:
-        peer = static_generate(arguments.model, arguments.peer_dtype, arguments.batch, by_length=True)
+        loaded, dtype = load_peer(arguments.model, arguments.peer_dtype), arguments.peer_dtype
+    peer = static_batches(loaded, dtype, arguments.batch, by_length=True)
     if not arguments.no_warmup:
         for contender in (ours, peer):
             contender.generate(jobs(trial, llm.vocab_size))

@@ -22,6 +22,7 @@ class Report:
     def __init__(self, name: str, argv: Sequence[str]) -> None:
         self.name = name
         self._began = time.monotonic()
+        self._cpu_began = cpu_ticks()
         self._data: dict[str, Any] = {
             "benchmark": name,
             "command": " ".join(["python -m", f"bench.{name}", *argv]),
@@ -50,6 +51,12 @@ class Report:
         """Write DIRECTORY/name.json and return its path."""
         self._data["seconds"] = round(time.monotonic() - self._began, 1)
         self._data["machine"]["load_average_at_the_end"] = _load_average()
+        steal = steal_share(self._cpu_began, cpu_ticks())
+        self._data["machine"]["cpu_steal_share"] = steal
+        if steal is not None:
+            self.say(
+                f"load average {_load_average()} at the end; {steal:.1%} of the machine's CPU time was stolen by others on its host"
+            )
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{self.name}.json"
         path.write_text(json.dumps(_plain(self._data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -68,7 +75,7 @@ def render(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 def machine() -> dict[str, Any]:
     """What ran it: CPU, cores, load, versions, commit."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "load_average": _load_average(),
         "python": platform.python_version(),
@@ -85,7 +92,8 @@ def _described(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Its name."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.machine())
@@ -95,6 +103,25 @@ def _cpu_model() -> str:
 
 def _load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def cpu_ticks() -> tuple[int, int] | None:
+    """Of all cores since the start: stolen by other guests of the host, and all there were; None where /proc/stat tells neither."""
+    try:
+        first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()
+    except OSError:
+        return None
+    ticks = [
+        int(field) for field in first[1:9]
+    ]  # user, nice, system, idle, iowait, irq, softirq, steal; guests' are in user and nice
+    return (ticks[7], sum(ticks)) if len(ticks) == 8 else None
+
+
+def steal_share(before: tuple[int, int] | None, after: tuple[int, int] | None) -> float | None:
+    """Of the CPU time between two readings, 0 to 1; None where it isn't known."""
+    if before is None or after is None or after[1] <= before[1]:
+        return None
+    return (after[0] - before[0]) / (after[1] - before[1])
 
 
 def _version(package: str) -> str | None:
@@ -168,14 +195,15 @@ def draw_lines(
 def draw_bars(path: Path, title: str, panels: Mapping[str, Mapping[str, float]]) -> None:
     """One panel of horizontal bars for each measure, {measure: {name: value}}, as a PNG. The first one has all names."""
     plot, figure, axes = _figure(title, columns=len(panels))
-    names = list(next(iter(panels.values())))[::-1]
+    names = list(dict.fromkeys(name for values in panels.values() for name in values))[::-1]
     for number, (panel, (measure, values)) in enumerate(zip(axes if len(panels) > 1 else [axes], panels.items(), strict=True)):
-        bars = panel.barh(names, [values.get(name, math.nan) for name in names])
-        panel.bar_label(bars, labels=[_text(values.get(name)) for name in names], padding=2, fontsize=8)
-        panel.margins(x=0.2)
+        places = [place for place, name in enumerate(names) if name in values]
+        bars = panel.barh(places, [values[names[place]] for place in places])
+        panel.bar_label(bars, fmt="%.3g", fontsize=8)
+        panel.margins(x=0.15)
         panel.set_title(measure, fontsize=9)
-        if number:
-            panel.set_yticklabels([])
+        panel.set_ylim(-0.6, len(names) - 0.4)
+        panel.set_yticks(range(len(names)), labels=[""] * len(names) if number else names)
     _write(plot, figure, path)
 
 

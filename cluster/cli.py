@@ -14,9 +14,8 @@ import click
 import yaml
 
 from cluster.config import Config, ConfigError, from_mapping
-from cluster.model import open_model
+from cluster.model import DEMO_MODEL, open_model
 
-DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo"
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -156,16 +155,17 @@ def generate(model: str | None, config_file: str | None, prompt: str | None, sto
 
 @cli.command()
 @click.option("--url", default="http://localhost:8000/v1", show_default=True, help="Of the server, /v1 included.")
+@click.option("--api-key", envvar="OPENAI_API_KEY", help="Of the server, if it asks for one. Default: $OPENAI_API_KEY.")
 @click.option("--model", help="Default: the first that the server names.")
 @click.option("--system-prompt", help="How the model should behave.")
 @click.option("-q", "--quick", metavar="PROMPT", help="Answer this and end.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Of one answer. Default: what the context holds.")
 @click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy. Default: the server's.")
-def chat(url: str, model: str | None, system_prompt: str | None, quick: str | None, **parameters: Any) -> None:
-    """Talk to a model that a server serves. Ctrl-C ends an answer, Ctrl-D the conversation."""
+def chat(url: str, api_key: str | None, model: str | None, system_prompt: str | None, quick: str | None, **parameters: Any) -> None:
+    """Talk to a model that a server serves. Ctrl-C ends an answer, /new a conversation, Ctrl-D the session."""
     from cluster.chat import chat as talk
 
-    talk(url, model, system_prompt, quick, {name: value for name, value in parameters.items() if value is not None})
+    talk(url, api_key, model, system_prompt, quick, {name: value for name, value in parameters.items() if value is not None})
 
 
 if __name__ == "__main__":

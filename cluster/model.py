@@ -8,6 +8,9 @@ from typing import Any
 from cluster.config import ConfigError
 from cluster.shape import ModelShape, parse_shape
 
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo"
+"""The model that comes with the code."""
+
 
 @dataclass(frozen=True)
 class ModelFiles:

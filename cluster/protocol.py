@@ -30,9 +30,9 @@ class Wire(Struct, array_like=True):
 class SamplingParams(Wire, kw_only=True):
     """How to choose tokens. All defaults mean "off" but for temperature, which is 1 as in OpenAI's interface.
 
-    The order of application: repetition, presence and frequency penalties and logit_bias on the fp32 logits, then temperature,
-    then top_k, top_p and min_p as filters, then arg-max of what is left plus Gumbel noise. temperature 0 is greedy: the arg-max
-    after penalties and bias, without filters or noise.
+    The order of application: repetition, presence and frequency penalties and logit_bias on the fp32 logits, then the ban of
+    stop_token_ids as long as min_tokens asks for it, then temperature, then top_k, top_p and min_p as filters, then arg-max of what
+    is left plus Gumbel noise. temperature 0 is greedy: the arg-max after penalties, bias and ban, without filters or noise.
     """
 
     seed: int = 0

@@ -49,6 +49,8 @@ class Sequence:
     """When the first plan with it was launched."""
     finish: FinishReason | None = None
     """Set once: no further token of it is wanted."""
+    told: bool = False
+    """Some of its prompt's log-probabilities were delivered."""
     parent: "Sequence | None" = None
     """The sibling whose prompt KV this one can fork, as long as that is in the pool."""
 
@@ -83,7 +85,8 @@ class Sequence:
 
     def news(self, scores: PromptScores | None) -> TokenDelta:
         """A delta with `scores` and, so far, no tokens."""
-        first = len(self.emitted) == len(self.request.emitted[self.choice])
+        first = not self.told and len(self.emitted) == len(self.request.emitted[self.choice])
+        self.told = self.told or scores is not None
         return TokenDelta(
             request=self.request.id,
             attempt=self.request.attempt,

@@ -1,6 +1,5 @@
 """The HTTP interface: OpenAI's endpoints, health and metrics. No Ray in here; router/app.py puts it behind Serve."""
 
-import asyncio
 import importlib.metadata
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from router.errors import ApiError, as_api_error
 from router.formats import ChatFormat, CompletionFormat, Shown
 from router.generation import Generator
 from router.metrics import RouterMetrics, render
+from router.offload import offloaded
 from router.prepare import Preparer, ServedModel, new_id, unknown_model
 from router.replies import StreamReply, WholeReply
 from router.responses import Detokenized, Health, Model, ModelList, Tokenized, Version
@@ -44,6 +44,9 @@ def build_api(generator: Generator, tokenizer: Tokenizer, model: ServedModel, me
 
     preparer = Preparer(model, tokenizer, context)
 
+    def spelled(tokens: list[int]) -> list[str]:
+        return [tokenizer.vocabulary.token_string(token) for token in tokens]
+
     def reply(run: Run, form: CompletionFormat | ChatFormat, asked: GenerationRequest) -> Response:
         return StreamReply(run, form, asked.include_usage) if asked.stream else WholeReply(run, form)
 
@@ -60,21 +63,20 @@ def build_api(generator: Generator, tokenizer: Tokenizer, model: ServedModel, me
         asked = parse(ChatRequest, await _body(request))
         id = new_id("chatcmpl")
         run = Run(await preparer.chat(asked, id), generator, tokenizer.vocabulary, metrics)
-        logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-        shown = Shown(logprobs, asked.prompt_logprobs, asked.return_token_ids, asked.include_usage)
+        shown = Shown(asked.alternatives, asked.prompt_logprobs, asked.return_token_ids, asked.include_usage)
         return reply(run, ChatFormat(id, int(time.time()), model.name, tokenizer.vocabulary, shown), asked)
 
     @app.post("/tokenize", openapi_extra=_body_of("TokenizeRequest"))
     async def tokenize(request: Request) -> Response:
         asked = parse(TokenizeRequest, await _body(request))
         tokens = await preparer.tokens(asked)
-        strings = [tokenizer.vocabulary.token_string(token) for token in tokens] if asked.return_token_strs else None
+        strings = await offloaded(len(tokens), spelled, tokens) if asked.return_token_strs else None
         return _json(Tokenized(count=len(tokens), max_model_len=context(), tokens=tokens, token_strs=strings))
 
     @app.post("/detokenize", openapi_extra=_body_of("DetokenizeRequest"))
     async def detokenize(request: Request) -> Response:
         asked = parse(DetokenizeRequest, await _body(request))
-        return _json(Detokenized(await asyncio.to_thread(preparer.text, asked)))
+        return _json(Detokenized(await preparer.text(asked)))
 
     @app.get("/version")
     async def version() -> Response:

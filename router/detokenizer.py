@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from router.vocabulary import Vocabulary
 
-_CONTEXT = 8
-"""Prompt tokens looked at for a character that the prompt left unfinished (a character has at most four bytes)."""
+_CONTEXT = 128
+"""Prompt tokens looked at for a character that the prompt left unfinished: few, unless tokens without text come after it."""
 
 
 class Detokenizer:
@@ -24,7 +24,7 @@ class Detokenizer:
         at its end has to show as well."""
         self._bytes_of = vocabulary.token_bytes if show_special else vocabulary.text_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._decoder.decode(b"".join(self._bytes_of(token) for token in prompt[-_CONTEXT:]))
+        self._decoder.decode(self._end(prompt))
         self._strip = 0 if any(self._bytes_of(token) for token in prompt) else vocabulary.leading_spaces
         self._fed = echoed
 
@@ -41,6 +41,15 @@ class Detokenizer:
     def flush(self) -> str:
         """The output has ended: what an incomplete character shows as."""
         return self._decoder.decode(b"", final=True) if self._fed else ""
+
+    def _end(self, prompt: Sequence[int]) -> bytes:
+        """The prompt's last bytes, as many as a character may have."""
+        end = b""
+        for token in reversed(prompt[-_CONTEXT:]):
+            end = self._bytes_of(token) + end
+            if len(end) >= 4:
+                break
+        return end
 
     def _stripped(self, data: bytes) -> bytes:
         rest = data.lstrip(b" ")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType, json
 
 from cluster.protocol import TokenLogprobs
 from router.choice import Increment
@@ -49,6 +49,10 @@ class Shown:
 class Format(Protocol):
     """How an endpoint writes what was generated. One per request: streams remember which choices have begun."""
 
+    def size(self, index: int, prompt: Prompt, gained: Increment) -> int:
+        """How many tokens and log-probabilities there are to write of choice `index`, its prompt's included until it has begun."""
+        ...
+
     def chunks(self, index: int, prompt: Prompt, gained: Increment) -> list[Struct]:
         """What a stream says of choice `index`; nothing where the increment shows nothing."""
         ...
@@ -72,6 +76,17 @@ class _Base:
         self._logprobs = shown.logprobs is not None
         self._usage = None if shown.usage else UNSET
         self._begun: set[int] = set()
+        self._told_prompts: dict[Prompt, Raw] = {}
+        self._entries = 1 + (shown.logprobs or 0)
+        self._prompt_entries = int(shown.token_ids)
+        if shown.echo and self._logprobs:
+            self._prompt_entries += self._entries
+        if shown.prompt_logprobs is not None:
+            self._prompt_entries += 1 + shown.prompt_logprobs
+
+    def size(self, index: int, prompt: Prompt, gained: Increment) -> int:
+        size = len(gained.tokens) * self._entries
+        return size if index in self._begun else size + len(prompt.tokens) * self._prompt_entries
 
     def _shows(self, gained: Increment) -> bool:
         asked = self._shown.token_ids or self._logprobs
@@ -83,14 +98,17 @@ class _Base:
     def _prompt_logprobs(self, prompt: Prompt) -> PromptLogprobs:
         if self._shown.prompt_logprobs is None:
             return UNSET
-        told: list[dict[int, PromptLogprob] | None] = [None]
+        if (known := self._told_prompts.get(prompt)) is not None:
+            return known
+        told = [b"null"]
         for token, entry in zip(prompt.tokens[1:], prompt.scores, strict=True):
             named = {token: PromptLogprob(_finite(entry.logprob), entry.rank, self._token(token)[0])}
             likeliest = list(zip(entry.top_ids, entry.top_logprobs, strict=True))[: self._shown.prompt_logprobs]
             for rank, (other, logprob) in enumerate(likeliest, 1):
                 named.setdefault(other, PromptLogprob(_finite(logprob), rank, self._token(other)[0]))
-            told.append(named)
-        return told
+            told.append(json.encode(named))
+        self._told_prompts[prompt] = Raw(b"[%b]" % b",".join(told))
+        return self._told_prompts[prompt]
 
     def _token(self, token: int) -> tuple[str, bytes]:
         data = self._vocabulary.token_bytes(token)
@@ -99,6 +117,10 @@ class _Base:
 
 class CompletionFormat(_Base):
     """/v1/completions."""
+
+    def __init__(self, id: str, created: int, model: str, vocabulary: Vocabulary, shown: Shown) -> None:
+        super().__init__(id, created, model, vocabulary, shown)
+        self._echoed: dict[Prompt, CompletionLogprobs] = {}
 
     def chunks(self, index: int, prompt: Prompt, gained: Increment) -> list[Struct]:
         if not self._shows(gained):
@@ -125,10 +147,10 @@ class CompletionFormat(_Base):
             if self._shown.echo:
                 choice.text = prompt.text + choice.text
                 choice.logprobs = _joined(self._told_prompt(prompt), choice.logprobs) if self._logprobs else None
-            choices.append(choice)
+            choices.append(_written(choice))
         return self._completion(choices, usage)
 
-    def _completion(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> Completion:
+    def _completion(self, choices: list[CompletionChoice] | list[Raw], usage: Usage | UnsetType | None) -> Completion:
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
     def _choice(self, index: int, prompt: Prompt, gained: Increment) -> CompletionChoice:
@@ -143,8 +165,11 @@ class CompletionFormat(_Base):
         )
 
     def _told_prompt(self, prompt: Prompt) -> CompletionLogprobs:
+        if (known := self._echoed.get(prompt)) is not None:
+            return known
         first = CompletionLogprobs(prompt.offsets[:1], [None], [self._name(prompt.tokens[0])], [None])
-        return _joined(first, self._told(prompt.tokens[1:], prompt.scores, prompt.offsets[1:]))
+        told = self._echoed[prompt] = _joined(first, self._told(prompt.tokens[1:], prompt.scores, prompt.offsets[1:]))
+        return told
 
     def _told(self, tokens: list[int], entries: list[TokenLogprobs], offsets: list[int]) -> CompletionLogprobs:
         chosen = [self._name(token) for token in tokens]
@@ -193,13 +218,15 @@ class ChatFormat(_Base):
 
     def whole(self, outputs: Sequence[tuple[Prompt, Increment]], usage: Usage) -> Struct:
         choices = [
-            ChatChoice(
-                index=index,
-                message=ChatMessage(gained.text),
-                logprobs=self._told(gained) if self._logprobs else None,
-                finish_reason=gained.finish,
-                stop_reason=gained.stop_reason,
-                token_ids=self._ids(gained.tokens),
+            _written(
+                ChatChoice(
+                    index=index,
+                    message=ChatMessage(gained.text),
+                    logprobs=self._told(gained) if self._logprobs else None,
+                    finish_reason=gained.finish,
+                    stop_reason=gained.stop_reason,
+                    token_ids=self._ids(gained.tokens),
+                )
             )
             for index, (_, gained) in enumerate(outputs)
         ]
@@ -229,6 +256,11 @@ class ChatFormat(_Base):
     def _token_and(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
         text, data = self._token(token)
         return text, _finite(logprob), list(data)
+
+
+def _written(choice: Struct) -> Raw:
+    """A choice of a whole answer: written by itself, since nothing else runs in the process while one piece is written."""
+    return Raw(json.encode(choice))
 
 
 def _joined(first: CompletionLogprobs, second: CompletionLogprobs | None) -> CompletionLogprobs:

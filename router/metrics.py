@@ -29,7 +29,7 @@ HELP = {
     "vllm:request_queue_time_seconds": "From a request's arrival to its first iteration.",
     "vllm:request_prompt_tokens": "Prompt length of a request.",
     "vllm:request_generation_tokens": "Tokens generated for a choice.",
-    "vllm:prompt_tokens": "Prompt tokens of requests whose first token came.",
+    "vllm:prompt_tokens": "Prompt tokens of requests whose first token came, or that ended without any.",
     "vllm:generation_tokens": "Tokens generated.",
     "vllm:request_success": "Choices that ended, by reason.",
     "vllm:num_requests_running": "Sequences in the running set of an engine.",
@@ -88,11 +88,14 @@ class RouterMetrics:
         """A generation's first plan was launched so long after it arrived (the queue's wait and the engine's)."""
         self._queue.observe(seconds)
 
-    def first_token(self, seconds: float, prompt_tokens: int) -> None:
+    def first_token(self, seconds: float) -> None:
         """A generation's first token came."""
         self._first_token.observe(seconds)
-        self._prompt_length.observe(prompt_tokens)
-        self._prompt_tokens += prompt_tokens
+
+    def prompt(self, tokens: int) -> None:
+        """A generation's first token came, or it ended without any."""
+        self._prompt_length.observe(tokens)
+        self._prompt_tokens += tokens
 
     def inter_token(self, seconds: float) -> None:
         """A choice got tokens, so long after it last did."""

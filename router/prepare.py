@@ -12,9 +12,18 @@ from router.choice import Reading
 from router.detokenizer import Detokenizer
 from router.errors import ApiError, bad_request
 from router.generation import Generation
+from router.offload import offloaded
 from router.prompt import Prompt, echoed
 from router.run import Job
-from router.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, GenerationRequest, Message, TokenizeRequest
+from router.schemas import (
+    MAX_TOKENIZED,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    Message,
+    TokenizeRequest,
+)
 from router.tokenizer import Tokenizer
 
 GREEDY_BELOW = 1e-5
@@ -22,6 +31,10 @@ GREEDY_BELOW = 1e-5
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions."""
+
+MAX_TOLD = 2**20
+"""Log-probabilities of prompt tokens that one parameter may ask for, alternatives and copies for all choices included: about 60 MB
+of JSON and a second or two of work. Enough for a prompt of 49,932 tokens with 20 alternatives, or for 256 of 2,048 with one."""
 
 
 @dataclass(frozen=True)
@@ -56,50 +69,66 @@ class Preparer:
     async def completion(self, request: CompletionRequest, request_id: str) -> Job:
         """The job of a /v1/completions request: one generation per prompt."""
         self._check_model(request.model)
-        for text in request.prompt:
-            if isinstance(text, str):
-                self._check_length(text, "prompt")
-        prompts = [await self._prompt(request, prompt) for prompt in request.prompt]
-        size = ("max_tokens", request.max_tokens) if request.max_tokens is not None else ("prompt", None)
-        return self._job(request, request_id, prompts, "prompt", size, DEFAULT_COMPLETION_TOKENS, request.logprobs)
+        prompts = await offloaded(sum(map(len, request.prompt)), self._prompts, request, self._context())
+        return self._job(request, request_id, prompts, "prompt", DEFAULT_COMPLETION_TOKENS, request.logprobs)
 
-    async def _prompt(self, request: CompletionRequest, prompt: str | list[int]) -> Prompt:
-        text = prompt if isinstance(prompt, str) else None
-        tokens = await self._tokenizer.encode(prompt, request.add_special_tokens) if isinstance(prompt, str) else prompt
-        self._check_tokens(tokens, "prompt")
+    def _prompts(self, request: CompletionRequest, limit: int) -> list[Prompt]:
+        """What can't fit is refused before any of them is encoded, or read."""
+        for asked in request.prompt:
+            if isinstance(asked, str):
+                self._check_length(asked, "prompt", limit)
+            else:
+                _check_fits(len(asked), "prompt", limit)
+        prompts = [self._prompt(request, asked) for asked in request.prompt]
+        for prompt in prompts:
+            self._check_tokens(prompt.tokens, "prompt")
+        return prompts
+
+    def _prompt(self, request: CompletionRequest, prompt: str | list[int]) -> Prompt:
+        if isinstance(prompt, str):
+            if not request.echo:
+                return Prompt(self._tokenizer.encode_now(prompt, request.add_special_tokens))
+            tokens, offsets = self._tokenizer.located(prompt, request.add_special_tokens)
+            return Prompt(tokens, prompt, offsets)
         if not request.echo:
-            return Prompt(tokens)
-        return echoed(self._tokenizer.vocabulary, tokens, text, show_special=not request.skip_special_tokens)
+            return Prompt(prompt)
+        return echoed(self._tokenizer.vocabulary, prompt, show_special=not request.skip_special_tokens)
 
     async def chat(self, request: ChatRequest, request_id: str) -> Job:
         """The job of a /v1/chat/completions request."""
         self._check_model(request.model)
+        prompt = Prompt(await offloaded(_size(request.messages), self._spoken, request, self._context()))
+        return self._job(request, request_id, [prompt], "messages", None, request.alternatives)
+
+    def _spoken(self, request: ChatRequest, limit: int) -> list[int]:
         text = self._rendered(request.messages, request.add_generation_prompt, request.chat_template_kwargs)
-        self._check_length(text, "messages")
-        prompt = Prompt(await self._tokenizer.encode(text, add_special_tokens=False))
-        size: tuple[str, int | None] = ("messages", None)
-        for name in ("max_completion_tokens", "max_tokens"):
-            if (asked := getattr(request, name)) is not None:
-                size = (name, asked)
-                break
-        logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        return self._job(request, request_id, [prompt], "messages", size, None, logprobs)
+        self._check_length(text, "messages", limit)
+        return self._tokenizer.encode_now(text, add_special_tokens=False)
 
     async def tokens(self, request: TokenizeRequest) -> list[int]:
         """The answer to /tokenize. A text may be longer than the context: how much longer is what is asked."""
         self._check_model(request.model)
+        size = _size(request.messages) if request.prompt is None else len(request.prompt)
+        return await offloaded(size, self._tokens, request)
+
+    def _tokens(self, request: TokenizeRequest) -> list[int]:
         if request.messages is None:
             assert request.prompt is not None
-            return await self._tokenizer.encode(request.prompt, request.add_special_tokens in (None, True))
+            return self._tokenizer.encode_now(request.prompt, request.add_special_tokens in (None, True))
         text = self._rendered(request.messages, request.add_generation_prompt, request.chat_template_kwargs)
-        return await self._tokenizer.encode(text, request.add_special_tokens is True)
+        if len(text) > MAX_TOKENIZED:
+            raise bad_request("messages", f"'messages' come to {len(text)} characters, but at most {MAX_TOKENIZED} are tokenized.")
+        return self._tokenizer.encode_now(text, request.add_special_tokens is True)
 
-    def text(self, request: DetokenizeRequest) -> str:
+    async def text(self, request: DetokenizeRequest) -> str:
         """The answer to /detokenize: special tokens show by their names."""
         self._check_model(request.model)
         self._check_tokens(request.tokens, "tokens")
+        return await offloaded(len(request.tokens), self._text, request.tokens)
+
+    def _text(self, tokens: list[int]) -> str:
         detokenizer = Detokenizer(self._tokenizer.vocabulary, show_special=True)
-        return "".join(map(detokenizer.feed, request.tokens)) + detokenizer.flush()
+        return "".join(map(detokenizer.feed, tokens)) + detokenizer.flush()
 
     def _rendered(self, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         if not self._tokenizer.has_chat_template:
@@ -115,13 +144,13 @@ class Preparer:
         request_id: str,
         prompts: list[Prompt],
         prompt_param: str,
-        size: tuple[str, int | None],
         default_tokens: int | None,
         logprobs: int | None,
     ) -> Job:
         self._check_tokens(request.stop_token_ids, "stop_token_ids")
         self._check_tokens(request.logit_bias, "logit_bias")
-        size_param, asked = size
+        _check_told(request, prompts)
+        size_param, asked = request.output_size
         generations = [
             Generation(
                 id=f"{request_id}-{number}",
@@ -141,7 +170,7 @@ class Preparer:
             asked_stops=frozenset(request.stop_token_ids),
             echo=_echoes(request),
         )
-        return Job(generations, prompts, reading, request.n if _ranks(request) else None, size_param)
+        return Job(generations, prompts, reading, request.n if _ranks(request) else None, size_param if asked else prompt_param)
 
     def _params(self, request: GenerationRequest, max_tokens: int, logprobs: int | None) -> SamplingParams:
         if request.min_tokens > max_tokens:
@@ -161,7 +190,7 @@ class Preparer:
             logit_bias=request.logit_bias,
             logprobs=0 if logprobs is None and _ranks(request) else logprobs,
             stop_token_ids=tuple(stops),
-            prompt_logprobs=_prompt_logprobs(request),
+            prompt_logprobs=max(_told(request).values(), default=None),
             min_tokens=request.min_tokens,
         )
 
@@ -170,8 +199,7 @@ class Preparer:
         room = limit - prompt
         if prompt == 0:
             raise bad_request(prompt_param, f"'{prompt_param}' has no tokens.")
-        if room < (0 if asked == 0 else 1):
-            raise _too_long(prompt_param, limit, f"the prompt has {prompt} tokens, which leaves none for the output")
+        _check_fits(prompt, prompt_param, limit, output=0 if asked == 0 else 1)
         if asked is not None and asked > room:
             raise _too_long(size_param, limit, f"{asked} tokens of output were asked for on top of {prompt} of prompt")
         if asked is not None:
@@ -182,10 +210,9 @@ class Preparer:
         if name is not None and name != self._model.name:
             raise unknown_model(name)
 
-    def _check_length(self, text: str, param: str) -> None:
+    def _check_length(self, text: str, param: str, limit: int) -> None:
         """Refuse what can't fit before it is encoded: that takes more than a second a megabyte."""
-        limit, fewest = self._context(), self._tokenizer.fewest_tokens(text)
-        if fewest > limit:
+        if (fewest := self._tokenizer.fewest_tokens(text)) > limit:
             raise _too_long(param, limit, f"the prompt has at least {fewest} tokens")
 
     def _check_tokens(self, tokens: "list[int] | dict[int, float]", param: str) -> None:
@@ -218,12 +245,32 @@ def _ranks(request: GenerationRequest) -> bool:
     return request.choices > 1 and request.best_of is not None
 
 
-def _prompt_logprobs(request: GenerationRequest) -> int | None:
-    """As many as either prompt_logprobs or an echo with logprobs tells."""
-    asked = [request.prompt_logprobs]
+def _told(request: GenerationRequest) -> dict[str, int]:
+    """The parameters that ask for log-probabilities of the prompt, and for how many likeliest tokens at each position."""
+    asked = {"prompt_logprobs": request.prompt_logprobs}
     if isinstance(request, CompletionRequest) and request.echo:
-        asked.append(request.logprobs)
-    return max((count for count in asked if count is not None), default=None)
+        asked["logprobs"] = request.logprobs
+    return {param: count for param, count in asked.items() if count is not None}
+
+
+def _check_told(request: GenerationRequest, prompts: list[Prompt]) -> None:
+    tokens = sum(len(prompt.tokens) for prompt in prompts)
+    copies = request.n if isinstance(request, CompletionRequest) else 1
+    for param, count in _told(request).items():
+        if (entries := tokens * copies * (count + 1)) > MAX_TOLD:
+            what = f"{tokens} prompt tokens with {count} alternatives" + (f" for each of {copies} choices" if copies > 1 else "")
+            raise bad_request(param, f"'{param}': {what} are {entries} log-probabilities, but an answer tells at most {MAX_TOLD}.")
+
+
+def _size(messages: list[Message] | None) -> int:
+    """Characters, the template's among them."""
+    return sum(len(message.content) + 16 for message in messages or ())
+
+
+def _check_fits(tokens: int, param: str, limit: int, output: int = 0) -> None:
+    """Refuse a prompt that leaves fewer than `output` tokens of the context."""
+    if tokens + output > limit:
+        raise _too_long(param, limit, f"the prompt has {tokens} tokens, which leaves none for the output")
 
 
 def _too_long(param: str, limit: int, what: str) -> ApiError:

@@ -1,6 +1,5 @@
 """What an answer says of its prompt: the text, where it is echoed, and log-probabilities, where they are asked for."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cluster.protocol import TokenLogprobs
@@ -8,7 +7,7 @@ from router.detokenizer import Detokenizer
 from router.vocabulary import Vocabulary
 
 
-@dataclass
+@dataclass(eq=False)
 class Prompt:
     """One prompt of a request."""
 
@@ -21,30 +20,13 @@ class Prompt:
     """Of positions 1, 2, ... as far as they have come; all have before any token of the output."""
 
 
-def echoed(vocabulary: Vocabulary, tokens: list[int], text: str | None, *, show_special: bool) -> Prompt:
-    """A prompt that is echoed: as it was written where that is known (`text`), else as its tokens read.
-
-    A character that token ids leave unfinished is left to the output, which may complete it.
-    """
-    if text is None:
-        return Prompt(tokens, *_read(vocabulary, tokens, show_special))
-    detokenizer = Detokenizer(vocabulary)
-    offsets, reached = [], 0
-    for token in tokens:
-        offsets.append(min(reached, len(text)))
-        if token in vocabulary.special:  # spelled out in the text, or put there by the tokenizer
-            name = vocabulary.token_bytes(token).decode()
-            reached += len(name) if text.startswith(name, reached) else 0
-        else:
-            reached += len(detokenizer.feed(token))
-    return Prompt(tokens, text, offsets)
-
-
-def _read(vocabulary: Vocabulary, tokens: Sequence[int], show_special: bool) -> tuple[str, list[int]]:
+def echoed(vocabulary: Vocabulary, tokens: list[int], *, show_special: bool) -> Prompt:
+    """A prompt of token ids that is echoed as they read. A character that they leave unfinished is left to the output, which may
+    complete it."""
     detokenizer = Detokenizer(vocabulary, show_special=show_special)
     pieces, offsets, reached = [], [], 0
     for token in tokens:
         offsets.append(reached)
         pieces.append(detokenizer.feed(token))
         reached += len(pieces[-1])
-    return "".join(pieces), offsets
+    return Prompt(tokens, "".join(pieces), offsets)

@@ -13,6 +13,8 @@ from starlette.types import Receive, Scope, Send
 from router.choice import Increment
 from router.errors import ApiError, as_api_error
 from router.formats import Format
+from router.offload import offloaded
+from router.prompt import Prompt
 from router.responses import Usage
 from router.run import Run
 
@@ -62,6 +64,10 @@ class WholeReply(Reply):
                 for index, increment in news:
                     gained[index].append(increment)
         outputs = [(self._run.prompt_of(index), Increment.joined(gained[index])) for index in self._run.chosen()]
+        size = sum(self._format.size(index, *output) for index, output in enumerate(outputs))
+        return await offloaded(size, self._written, outputs)
+
+    def _written(self, outputs: list[tuple[Prompt, Increment]]) -> bytes:
         return msgspec.json.encode(self._format.whole(outputs, self._usage()))
 
 
@@ -74,6 +80,7 @@ class StreamReply(Reply):
     def __init__(self, run: Run, form: Format, include_usage: bool) -> None:
         super().__init__(run, form)
         self._include_usage = include_usage
+        self._encode = msgspec.json.Encoder().encode
 
     async def _work(self, send: Send) -> None:
         started = False
@@ -97,16 +104,19 @@ class StreamReply(Reply):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
-        encode = msgspec.json.Encoder().encode
         async with aclosing(self._run.increments()) as increments:
             async for news in increments:
-                parts: list[bytes] = []
-                for index, increment in news:
-                    for chunk in self._format.chunks(index, self._run.prompt_of(index), increment):
-                        parts += (b"data: ", encode(chunk), b"\n\n")
-                yield b"".join(parts)
-        last = b"data: %b\n\n" % encode(self._format.usage_chunk(self._usage())) if self._include_usage else b""
+                size = sum(self._format.size(index, self._run.prompt_of(index), increment) for index, increment in news)
+                yield await offloaded(size, self._written, news)
+        last = b"data: %b\n\n" % self._encode(self._format.usage_chunk(self._usage())) if self._include_usage else b""
         yield last + DONE
+
+    def _written(self, news: list[tuple[int, Increment]]) -> bytes:
+        parts: list[bytes] = []
+        for index, increment in news:
+            for chunk in self._format.chunks(index, self._run.prompt_of(index), increment):
+                parts += (b"data: ", self._encode(chunk), b"\n\n")
+        return b"".join(parts)
 
 
 async def send_whole(send: Send, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:

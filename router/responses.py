@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 Finish = Literal["stop", "length"]
 TokenIds = list[int] | UnsetType
@@ -15,9 +15,9 @@ class PromptLogprob(Struct):
     decoded_token: str
 
 
-PromptLogprobs = list[dict[int, PromptLogprob] | None] | UnsetType
-"""As vLLM tells them: per prompt token its own entry, then those of the likeliest ones; null for the first token. Present only
-where the request set prompt_logprobs."""
+PromptLogprobs = Raw | UnsetType
+"""A list as vLLM tells it: per prompt token its own entry (token id -> PromptLogprob), then those of the likeliest ones; null for
+the first token. Present only where the request set prompt_logprobs. It is long, so it is written once for all choices."""
 
 
 class Usage(Struct):
@@ -51,7 +51,7 @@ class Completion(Struct, kw_only=True):
     object: str = "text_completion"
     created: int
     model: str
-    choices: list[CompletionChoice]
+    choices: list[CompletionChoice] | list[Raw]
     usage: Usage | UnsetType | None = UNSET
 
 
@@ -117,7 +117,7 @@ class ChatCompletion(Struct, kw_only=True):
     object: str = "chat.completion"
     created: int
     model: str
-    choices: list[ChatChoice]
+    choices: list[ChatChoice] | list[Raw]
     usage: Usage
     prompt_token_ids: TokenIds = UNSET
     prompt_logprobs: PromptLogprobs = UNSET

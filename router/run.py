@@ -130,6 +130,7 @@ class Run:
             self._measure(prompt, index, choice.num_tokens - before, now)
             if choice.finish is not None:
                 self._open -= 1
+                self._count_prompt(prompt)
                 self._metrics.finished(choice.finish, choice.num_tokens, now - self._start)
                 if delta.finish is None:
                     await self._generator.finish_choice(self._job.generations[prompt].id, delta.choice)
@@ -142,9 +143,15 @@ class Run:
         if last is not None:
             self._metrics.inter_token(now - last)
         elif prompt not in self._begun:
-            self._begun.add(prompt)
-            self._metrics.first_token(now - self._start, len(self._job.generations[prompt].prompt))
+            self._metrics.first_token(now - self._start)
+            self._count_prompt(prompt)
         self._metrics.generated(gained)
+
+    def _count_prompt(self, prompt: int) -> None:
+        """Once, with its first token or, where it has none, with the end of its first choice."""
+        if prompt not in self._begun:
+            self._begun.add(prompt)
+            self._metrics.prompt(len(self._job.generations[prompt].prompt))
 
 
 async def _merged(

@@ -4,6 +4,7 @@ A field is served, harmless (accepted without effect), refused (known, but not s
 error) or unknown (an error). `null` means the default everywhere.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -20,6 +21,8 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_TOKENS = 128
 MAX_BIASES = 1024
+MAX_TOKENIZED = 2**20
+"""Characters that /tokenize takes, and tokens that /detokenize takes: about a second of work."""
 MAX_REPETITION = 10.0
 """A tenth of a logit, or ten times as much, already all but forces or forbids a token; far beyond, logits overflow fp32
 to infinities, of which softmax makes no numbers."""
@@ -197,9 +200,15 @@ class GenerationRequest(_Strict):
             raise _of("best_of", "is not available when 'stream' is true: which choices are best is known at the end")
         if self.prompt_logprobs is not None and self.stream:
             raise _of("prompt_logprobs", "is not available when 'stream' is true")
-        if self.max_tokens == 0 and not self.about_prompt:
-            raise _of("max_tokens", "must be at least 1 where nothing is asked about the prompt")
+        param, size = self.output_size
+        if size == 0 and not self.about_prompt:
+            raise _of(param, "must be at least 1 where nothing is asked about the prompt")
         return self
+
+    @property
+    def output_size(self) -> tuple[str, int | None]:
+        """The parameter that says how many tokens are generated at most, and what it says."""
+        return "max_tokens", self.max_tokens
 
     @property
     def about_prompt(self) -> bool:
@@ -292,16 +301,24 @@ class ChatRequest(GenerationRequest):
     def _logprobs_asked(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise _of("top_logprobs", "is only allowed when 'logprobs' is true")
-        if self.max_completion_tokens == 0 and not self.about_prompt:
-            raise _of("max_completion_tokens", "must be at least 1 where nothing is asked about the prompt")
         return self
+
+    @property
+    def output_size(self) -> tuple[str, int | None]:
+        """The parameter that says how many tokens are generated at most, and what it says."""
+        return super().output_size if self.max_completion_tokens is None else ("max_completion_tokens", self.max_completion_tokens)
+
+    @property
+    def alternatives(self) -> int | None:
+        """So many likeliest tokens are told with each token of the output; None: not even its own log-probability."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class TokenizeRequest(_Strict):
     """POST /tokenize: a text, or messages as the chat template writes them."""
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: str | None = Field(None, max_length=MAX_TOKENIZED)
     messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = None
     """Default: with a prompt, but not with messages: templates spell their special tokens out."""
@@ -324,7 +341,7 @@ class DetokenizeRequest(_Strict):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[int] = Field(max_length=MAX_TOKENIZED)
 
 
 def _of(param: str, message: str) -> PydanticCustomError:
@@ -356,6 +373,6 @@ def _explained(errors: Sequence[ErrorDetails]) -> ApiError:
         return bad_request(None, f"The body is not valid JSON: {error['ctx']['error']}.", "invalid_json")
     if not param:
         return bad_request(None, "The body must be a JSON object.", "invalid_type")
-    reason = _REASONS.get(kind) or error["msg"].replace("Input should", "must").replace("List should", "must")
+    reason = _REASONS.get(kind) or re.sub("^(Input|List|String) should", "must", error["msg"])
     code = _CODES.get(kind) or ("invalid_type" if kind.endswith("_type") else "invalid_value")
     return bad_request(param, f"'{param}' {reason}.", code)

@@ -1,6 +1,5 @@
 """A model directory's tokenizer, without transformers: text and messages to tokens."""
 
-import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +8,9 @@ from typing import Any
 import tokenizers
 
 from cluster.config import ConfigError
-from router.bounds import most_bytes_per_token
+from router.bounds import Bound, bound_of
 from router.chat_template import ChatTemplate
 from router.vocabulary import Vocabulary
-
-INLINE_CHARACTERS = 1024
-"""Texts up to this long are encoded on the event loop (about a millisecond), longer ones in a thread: tokenizers frees the GIL."""
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -35,7 +31,7 @@ class Tokenizer:
         self.vocabulary = Vocabulary(encoder.get_vocab(with_added_tokens=True), special, decoder)
         self.eos_token_id: int | None = encoder.token_to_id(named["eos_token"]) if "eos_token" in named else None
         self._template = None if template is None else ChatTemplate(template, named)
-        self._most_bytes = most_bytes_per_token(encoder, self.vocabulary)
+        self._bound: Bound | None = bound_of(encoder, self.vocabulary)
 
     @property
     def has_chat_template(self) -> bool:
@@ -43,13 +39,7 @@ class Tokenizer:
 
     def fewest_tokens(self, text: str) -> int:
         """How many tokens `text` has at least, known without encoding it; 0 where the tokenizer gives no such bound."""
-        return 0 if self._most_bytes is None else -(-len(text.encode()) // self._most_bytes)
-
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids; special tokens that the text spells out are recognized, those that start a text are added on request."""
-        if len(text) <= INLINE_CHARACTERS:
-            return self.encode_now(text, add_special_tokens)
-        return await asyncio.to_thread(self.encode_now, text, add_special_tokens)
+        return 0 if self._bound is None else self._bound.fewest_tokens(text)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None
@@ -63,9 +53,32 @@ class Tokenizer:
         return self._template.render(messages, add_generation_prompt, variables or {})
 
     def encode_now(self, text: str, add_special_tokens: bool) -> list[int]:
-        """As encode(), for callers without an event loop."""
+        """Token ids; special tokens that the text spells out are recognized, those that start a text are added on request.
+
+        It takes a second for a million characters, most of it without the GIL.
+        """
         ids: list[int] = self._encoder.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def located(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[int]]:
+        """Token ids, and for each the character of `text` at which it starts: none before its predecessor.
+
+        A token of part of a character starts with that. One that the tokenizer put there starts where the token before it ends. A
+        token's leading spaces are its own, whatever the tokenizer says of them.
+        """
+        encoding = self._encoder.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        starts, last, reached = [], 0, 0
+        for token, (begin, end) in zip(ids, encoding.offsets, strict=True):
+            start = max(begin, last) if end else reached
+            data = self.vocabulary.token_bytes(token)
+            spaces = len(data) - len(data.lstrip(b" "))
+            while spaces and start > reached and text[start - 1] == " ":
+                start -= 1
+                spaces -= 1
+            starts.append(start)
+            last, reached = start, max(reached, end)
+        return ids, starts
 
 
 def load(path: Path) -> Tokenizer:

@@ -103,5 +103,9 @@ def load_runner(files: ModelFiles, config: Config, *, num_blocks: int | None = N
         num_blocks = size_pool(config, shape, max_model_len, dtype, device)
     elif num_blocks < 2:
         raise ConfigError(f"num_blocks is {num_blocks}, but a pool needs the null block and at least one more")
-    pool = KVPool(shape.num_layers, num_blocks, config.block_size, shape.num_kv_heads, shape.head_dim, dtype, device)
+    try:
+        pool = KVPool(shape.num_layers, num_blocks, config.block_size, shape.num_kv_heads, shape.head_dim, dtype, device)
+    except RuntimeError as error:  # torch's OutOfMemoryError is one; on a CPU it is just that
+        needed = num_blocks * config.block_size * shape.kv_bytes_per_token(dtype.itemsize)
+        raise ConfigError(f"the {device.type} has no {needed} bytes for the KV pool; set kv_memory to less") from error
     return ModelRunner(decoder, pool, config.attention, max_model_len)

@@ -92,14 +92,17 @@ class Peer:
 
     def _line(self) -> bytes:
         ready, _, _ = select.select([self._answers], [], [], TIMEOUT_S)
-        return self._answers.readline() if ready else b""
+        if not ready:
+            raise self._gone(f"no answer in {TIMEOUT_S} s")
+        return self._answers.readline()
 
-    def _gone(self) -> PeerError:
+    def _gone(self, why: str | None = None) -> PeerError:
+        """End it, and what is to be raised. why: where it did not end by itself."""
         status = self._end()
         self._log.seek(0)
         lines = [line for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
         self._close_files()
-        return PeerError(f"the peer ended with {status}: {lines[-1][-300:] if lines else 'it said nothing'}")
+        return PeerError(f"{why or f'the peer ended with {status}'}: {lines[-1][-300:] if lines else 'it said nothing'}")
 
     def _end(self) -> int:
         assert self._process.stdin is not None

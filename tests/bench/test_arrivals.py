@@ -85,21 +85,22 @@ def test_continuous_sustains_more(tmp_path: Path, capsys: pytest.CaptureFixture[
         batches=[2, 8],
         waits=[0.0, 1.0],
         answers="own",
-        sweep_factor=4.0,
         factors=[2.0, 4.0],
         seeds=[1, 2],
         tolerance=0.3,
         window=10.0,
     )
     report = Report("arrivals", [])
-    curves, unloaded = compare(shared, arguments, report)
-    continuous, static, skip = curves.values()
-    for limit in (2 * unloaded, 4 * unloaded):
-        rates = [curve.sustained(limit) or 0.0 for curve in (static, skip, continuous)]
-        assert 0 < rates[0] <= 1.2 * rates[1]
-        assert rates[2] > 1.5 * rates[1]
-    tabulate(curves, arguments.factors, unloaded, report)
-    assert "continuous (slots 8) to static (batch" in capsys.readouterr().out
-    assert all(low <= y <= high for line in lines(curves) for low, y, high in zip(line.low, line.y, line.high, strict=True))
-    report.record("points", {policy.name: curve.points for policy, curve in curves.items()})
+    sides, unloaded = compare(shared, arguments, report)
+    for factor in (2.0, 4.0):
+        continuous, static, skip = (side.sustained(factor, factor * unloaded) or 0.0 for side in sides)
+        assert 0 < static <= 1.2 * skip
+        assert continuous > 1.5 * skip
+    assert sides[1].best.keys() == {2.0, 4.0}
+    assert sides[1].sustained(3.0, 3 * unloaded) is None
+    tabulate(sides, arguments.factors, unloaded, report)
+    assert "continuous (slots 8) to static, best (B, w)" in capsys.readouterr().out
+    drawn = lines(sides)
+    assert len(drawn) == sum(len(side.curves) for side in sides) >= 3
+    assert all(low <= y <= high for line in drawn for low, y, high in zip(line.low, line.y, line.high, strict=True))
     assert report.save(tmp_path).exists()

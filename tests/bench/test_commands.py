@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from bench import __main__ as whole
-from bench import arrivals, batching, offline, options, waste
-from bench.contenders import Contender, Policy, continuous_generate, rayline, static_generate
-from bench.report import Report, render
+from bench import arrivals, batching, occupancy, offline, options, waste
+from bench.contenders import Contender, continuous_generate, rayline, static_generate
+from bench.peers import PeerError
+from bench.report import Report, cpu_ticks, render, steal_share
 from bench.workload import Shape, jobs
-from cluster.cli import DEMO_MODEL
+from cluster.model import DEMO_MODEL
 from cluster.offline import LLM
 
 DEMO = str(DEMO_MODEL)
@@ -25,11 +26,12 @@ def written(directory: Path, name: str) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((directory / f"{name}.json").read_text())
     assert data["command"].startswith(f"python -m bench.{name} ")
     assert data["machine"]["cores"] >= 1
+    assert data["machine"]["cpu_steal_share"] is None or 0 <= data["machine"]["cpu_steal_share"] <= 1
     return data
 
 
 def test_batching(tmp_path: Path) -> None:
-    words = ["--slots", "2", "--sweep", "1,2", "--sweep-requests", "2", "--repetitions", "2", "--out", str(tmp_path)]
+    words = ["--slots", "2", "--sweep", "1,2,8", "--sweep-requests", "2", "--repetitions", "2", "--out", str(tmp_path)]
     batching.main([DEMO, *SMALL, *words])
     data = written(tmp_path, "batching")
     (rows,) = data["tables"].values()
@@ -43,20 +45,53 @@ def test_batching(tmp_path: Path) -> None:
 def test_a_peer_that_does_not_run_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fails(*arguments: Any) -> Contender:
+    def fails(*arguments: Any) -> Any:
         raise NotImplementedError("not on this machine")
 
+    def dies(jobs: Any) -> Any:
+        raise PeerError("it ended with 3")
+
+    closed = []
     monkeypatch.setattr(batching, "continuous_generate", fails)
-    words = ["--slots", "2", "--sweep", "2", "--repetitions", "1", "--peers", "--peer-dtype", "float32", "--out", str(tmp_path)]
-    batching.main([DEMO, *SMALL, *words])
-    names = [row[""] for row in next(iter(written(tmp_path, "batching")["tables"].values()))]
+    monkeypatch.setattr(batching, "vllm_offline", lambda *arguments: Contender("vLLM", dies, lambda: closed.append("vLLM")))
+    words = ["--slots", "2", "--sweep", "2", "--repetitions", "1", "--peers", "--peer-dtype", "float32", "--vllm", "python"]
+    batching.main([DEMO, *SMALL, *words, "--out", str(tmp_path)])
+    data = written(tmp_path, "batching")
+    names = [row[""] for row in next(iter(data["tables"].values()))]
     assert names[-1] == "transformers generate float32 (batch 2, as they come)"
-    assert "left out: transformers' continuous batching does not run here: NotImplementedError" in capsys.readouterr().out
+    assert set(data["sweep transformers generate"]) == {"2"}
+    said = capsys.readouterr().out
+    assert "left out: transformers' continuous batching does not run here: NotImplementedError" in said
+    assert "left out: vLLM does not run here: PeerError: it ended with 3" in said
+    assert closed == ["vLLM"]
+
+
+def test_all_sides_are_closed_where_one_fails_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    def peer(name: str) -> Contender:
+        return Contender(name, lambda jobs: [[1]] * len(jobs), lambda: closed.append(name))  # too few tokens
+
+    monkeypatch.setattr(batching, "peers", lambda *arguments: [peer("transformers")])
+    monkeypatch.setattr(batching, "vllm_offline", lambda *arguments: peer("vLLM"))
+    words = ["--slots", "2", "--sweep", "2", "--peers", "--vllm", "python", "--out", str(tmp_path)]
+    with pytest.raises(RuntimeError, match="transformers did not give the number"):
+        batching.main([DEMO, *SMALL, *words])
+    assert sorted(closed) == ["transformers", "vLLM"]
 
 
 def test_the_best_batch_is_the_fastest() -> None:
     rates = {4: 1.0, 8: 3.0, 16: 3.0, 32: 2.0}
-    assert batching.best_batch("static", [32, 8, 4, 16], lambda policy: rates[policy.slots]) == (Policy("static", 8), rates)
+    assert batching.best_batch([32, 8, 4, 16], 64, lambda size: rates[size]) == (8, rates)
+
+
+def test_the_sweep_goes_on_while_the_largest_batch_is_the_best() -> None:
+    def rate(size: int) -> float:
+        return min(size, 50)
+
+    assert batching.best_batch([8, 16], 200, rate) == (64, {8: 8, 16: 16, 32: 32, 64: 50, 128: 50})
+    assert batching.best_batch([8, 16], 48, rate) == (48, {8: 8, 16: 16, 32: 32, 48: 48})
+    assert batching.best_batch([8, 16, 32], 10, rate) == (10, {8: 8, 10: 10})
 
 
 def test_arrivals(tmp_path: Path) -> None:
@@ -97,10 +132,18 @@ def test_waste(tmp_path: Path) -> None:
     assert data["paged (default)"]["waste"] < data["max_tokens, exact"]["waste"] < data["contiguous"]["waste"]
 
 
+def test_occupancy(tmp_path: Path) -> None:
+    occupancy.main(["--slots", "2,4", "--checked", "10", "--out", str(tmp_path)])
+    (rows,) = written(tmp_path, "occupancy")["tables"].values()
+    assert [row["slots"] for row in rows] == [2, 4]
+    assert all(float(row["static"].rstrip("%")) < float(row["continuous"].rstrip("%")) for row in rows)
+
+
 def test_a_trace_that_cannot_be_read_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        waste.main(["--trace", str(tmp_path / "missing")])
-    assert "No such file" in capsys.readouterr().err.splitlines()[-1]
+    for command in (waste.main, occupancy.main):
+        with pytest.raises(SystemExit):
+            command(["--trace", str(tmp_path / "missing")])
+        assert "No such file" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_offline_and_its_sides_agree(tmp_path: Path) -> None:
@@ -117,6 +160,7 @@ def test_peers_give_our_tokens() -> None:
         side.run(some)
         side.close()
     assert ours.outputs == peers[0].outputs == peers[1].outputs
+    assert peers[1].how == "sdpa"
 
 
 def test_a_side_with_too_few_tokens_is_an_error() -> None:
@@ -130,10 +174,12 @@ def test_the_set_hands_its_options_on() -> None:
     parser = options.parser(None)
     parser.add_argument("--model")
     parser.add_argument("--trace")
+    names = ["bench.offline", "bench.batching", "bench.arrivals", "bench.occupancy", "bench.waste"]
     commands = whole.commands(parser.parse_args(["--model", "M", "--trace", "T", "--out", "O"]))
-    assert [words[0] for words in commands] == ["bench.offline", "bench.batching", "bench.arrivals", "bench.waste"]
+    assert [words[0] for words in commands] == names
     assert all(words[-2:] == ["--out", "O"] for words in commands)
-    assert [("T" in words, "M" in words) for words in commands] == [(False, True), (True, True), (True, True), (True, False)]
+    assert [("T" in words, "M" in words) for words in commands] == [(False, True), *[(True, True)] * 2, *[(True, False)] * 2]
+    assert [words[0] for words in commands if "--spread" in words] == ["bench.batching", "bench.arrivals", "bench.waste"]
 
 
 def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,5 +194,12 @@ def test_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert data["command"] == "python -m bench.batching MODEL"
     assert data["tables"] == {"title": [{"": "a", "x": 1}]}
     assert data["points"] == {"0.5": [1.0, None]}
-    assert data["text"][-1] == "hello"
+    assert "hello" in data["text"]
     assert "title" in capsys.readouterr().out
+
+
+def test_stolen_time_is_a_share_of_all() -> None:
+    assert steal_share((10, 1000), (40, 1200)) == 0.15
+    assert steal_share(None, (40, 1200)) is steal_share((10, 1000), None) is steal_share((10, 1000), (10, 1000)) is None
+    ticks = cpu_ticks()
+    assert ticks is None or 0 <= ticks[0] <= ticks[1]

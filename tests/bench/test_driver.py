@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from bench import occupancy
 from bench.driver import Drive, Hold, Occupancy
 from bench.waste import CASES, account, asking, next_power_of_two
 from bench.workload import Job, Shape
@@ -55,6 +56,21 @@ def test_continuous_occupancy(seed: int) -> None:
     whole, in_demand = occupancies(lengths, "continuous", 4)
     assert whole.share == pytest.approx(sum(lengths) / (4 * max(ends)))
     assert in_demand.share == 1.0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("slots", [1, 3, 8, 30])
+def test_occupancy_is_computed_as_the_batcher_gives_it(seed: int, slots: int) -> None:
+    lengths = outputs(seed)
+    assert occupancy.static(lengths, slots) == occupancies(lengths, "static", slots)
+    assert occupancy.continuous(lengths, slots) == occupancies(lengths, "continuous", slots)
+    occupancy.check(lengths, slots)
+
+
+def test_a_wrong_occupancy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(occupancy, "static", lambda lengths, slots: (Occupancy(slots), Occupancy(slots)))
+    with pytest.raises(RuntimeError, match="static-skip, 4 slots: the Batcher gives"):
+        occupancy.check([3, 5, 1], 4)
 
 
 def test_iterations_that_only_prefill_do_not_count() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import peers
 from bench.peers import Peer, PeerError
 from bench.workload import Job
 
@@ -58,6 +59,12 @@ def test_a_peer_that_dies_later_says_why(tmp_path: Path) -> None:
     with pytest.raises(PeerError, match="ended with 1: out of memory"):
         peer.generate(JOBS)
     peer.close()
+
+
+def test_a_peer_that_does_not_answer_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "TIMEOUT_S", 0)
+    with pytest.raises(PeerError, match="no answer in 0 s: "):
+        Peer(script(tmp_path, "import sys\nsys.stdin.read()"), Path(sys.executable))
 
 
 def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import DEMO_MODEL, resolve
+from cluster.cli import resolve
 from cluster.config import ConfigError
+from cluster.model import DEMO_MODEL
 
 
 def rayline(*words: str) -> "subprocess.CompletedProcess[str]":

@@ -6,10 +6,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from cluster.cli import DEMO_MODEL
 from cluster.config import ConfigError
+from cluster.model import DEMO_MODEL
 from cluster.offline import LLM
-from cluster.protocol import SamplingParams
+from cluster.protocol import SamplingParams, StepPlan, StepResult
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 PROMPTS = ["def main(argv):\n", "class Parser:\n", "import os\n", "for name in"]
@@ -76,15 +76,26 @@ def test_stop_strings(llm: LLM) -> None:
     assert (cut.text, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
 
 
-def test_prompt_logprobs_in_chunks_and_preempted(llm: LLM) -> None:
-    """A pool that is too small for all, a few tokens a step: what is told of each prompt stays the same, and comes once."""
-    small: dict[str, Any] = {"max_model_len": 96, "kv_memory": 14 * 16 * 4096, "max_num_seqs": 8, "max_num_batched_tokens": 8}
+def test_prompt_logprobs_of_a_prompt_preempted_while_they_are_told(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt advances by a token a step, until an older sequence's output takes its blocks. What is told of it stays the
+    same, and comes once."""
+    small: dict[str, Any] = {"max_model_len": 112, "kv_memory": 9 * 16 * 4096, "max_num_seqs": 2, "max_num_batched_tokens": 2}
     tight = LLM(str(DEMO_MODEL), dtype="float32", threads=1, **small)
-    params = SamplingParams(seed=1, max_tokens=40, prompt_logprobs=2, n=2)
-    prompts = [[(7 * i + j) % 4000 + 3 for j in range(20 + i)] for i in range(4)]
+    execute, reached, cut = tight.runner.execute, dict[int, int](), list[int]()
+
+    def watched(plan: StepPlan) -> StepResult:
+        for chunk in plan.chunks:
+            if chunk.start == 0 and chunk.seq in reached:
+                cut.append(reached[chunk.seq])
+            reached[chunk.seq] = chunk.start + chunk.num_tokens
+        return execute(plan)
+
+    monkeypatch.setattr(tight.runner, "execute", watched)
+    prompts = [[5, 6, 7, 8], list(range(3, 83))]
+    params = [SamplingParams(seed=1, max_tokens=most, prompt_logprobs=2, n=n) for most, n in ((80, 1), (8, 2))]
     given = tight.generate(prompts, params, ignore_eos=True)
-    assert tight.batcher.num_preemptions > 0
-    alone = [llm.generate([prompt], params, ignore_eos=True)[0] for prompt in prompts]
+    assert any(0 < position < len(prompts[1]) for position in cut), "it was preempted within its prompt"
+    alone = [llm.generate([prompt], own, ignore_eos=True)[0] for prompt, own in zip(prompts, params, strict=True)]
     for prompt, one, other in zip(prompts, given, alone, strict=True):
         assert one.prompt_logprobs is not None
         assert other.prompt_logprobs is not None

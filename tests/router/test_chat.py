@@ -48,6 +48,8 @@ def test_max_tokens_has_two_names(tokenizer: Tokenizer, served: ServedModel) -> 
     for asked in ({"max_tokens": 7}, {"max_completion_tokens": 7}, {"max_completion_tokens": 7, "max_tokens": 9}):
         api.post(PATH, messages=HELLO, **asked)
         assert api.generator.generations[-1].params.max_tokens == 7
+    api.post(PATH, messages=HELLO, max_completion_tokens=5, max_tokens=0)
+    assert api.generator.generations[-1].params.max_tokens == 5
     for name in ("max_tokens", "max_completion_tokens"):
         assert api.error(PATH, messages=HELLO, **{name: 250}) == (400, name, "context_length_exceeded")
     long = [{"role": "user", "content": "fox " * 300}]
@@ -124,6 +126,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": HELLO, "prompt": "x"}, "prompt", "unknown_parameter"),
     ({"messages": HELLO, "max_tokens": 0}, "max_tokens", "invalid_value"),
     ({"messages": HELLO, "max_completion_tokens": 0}, "max_completion_tokens", "invalid_value"),
+    ({"messages": HELLO, "max_completion_tokens": 0, "max_tokens": 5}, "max_completion_tokens", "invalid_value"),
     ({"messages": HELLO, "echo": True}, "echo", "unsupported_parameter"),
     ({"messages": HELLO, "best_of": 2, "stream": True}, "best_of", "invalid_value"),
     ({"messages": HELLO, "min_tokens": 8, "max_completion_tokens": 7}, "min_tokens", "invalid_value"),

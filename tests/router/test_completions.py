@@ -212,6 +212,8 @@ def test_failures(tokenizer: Tokenizer, served: ServedModel, failure: Exception,
         assert response.headers.get("retry-after") == ("3" if status == 429 else None)
         assert response.json()["error"]["param"] == ("max_tokens" if param else None)
         assert "secret" not in response.text
+        response = api.request("POST", PATH, json={"prompt": "x", "echo": True, "stream": stream, "max_tokens": 0})
+        assert response.json()["error"]["param"] == param, "where nothing is generated, only the prompt can be too large"
     # After the start of the stream the error is an event.
     api = Api(tokenizer, served, lambda _: [*one_by_one(tokenizer.encode_now("ab", False), None), failure])
     *_, last = api.events(PATH, prompt="x")
@@ -295,6 +297,7 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": "a", "best_of": 129}, "best_of", "invalid_value"),
     ({"prompt": ["a"] * 9, "best_of": 128}, "best_of", "invalid_value"),
     ({"prompt": "a", "best_of": 2, "stream": True}, "best_of", "invalid_value"),
+    ({"prompt": "a", "n": 2, "best_of": 2, "stream": True}, "best_of", "invalid_value"),
     ({"prompt": "a", "min_tokens": -1}, "min_tokens", "invalid_value"),
     ({"prompt": "a", "min_tokens": 17}, "min_tokens", "invalid_value"),
     ({"prompt": "a", "min_tokens": 5, "max_tokens": 4}, "min_tokens", "invalid_value"),
@@ -309,6 +312,12 @@ def test_bad_parameters(tokenizer: Tokenizer, served: ServedModel, body: dict[st
     api = Api(tokenizer, served)
     assert api.error(PATH, **body) == (400, param, code)
     assert api.generator.generations == []
+
+
+def test_a_text_may_have_tokens_that_the_model_lacks(tokenizer: Tokenizer) -> None:
+    small = ServedModel("tiny", max_model_len=256, vocab_size=len(tokenizer.vocabulary) - 1)
+    for echo in (False, True):
+        assert Api(tokenizer, small).error(PATH, prompt="naïve", echo=echo) == (400, "prompt", "invalid_value")
 
 
 def test_neutral_values_pass(tokenizer: Tokenizer, served: ServedModel) -> None:

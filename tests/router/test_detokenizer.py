@@ -60,6 +60,7 @@ def test_incomplete_character_is_held_back(tokenizer: Tokenizer) -> None:
     assert stream(tokenizer.vocabulary, [first, *rest], []) == ["", "", "", "🙂", ""]
     assert stream(tokenizer.vocabulary, [first], []) == ["", "�"]
     assert stream(tokenizer.vocabulary, rest, [first]) == ["", "", "🙂", ""], "the prompt ended within a character"
+    assert stream(tokenizer.vocabulary, rest, [first, *[0] * 20]) == ["", "", "🙂", ""], "tokens without text came after it"
     assert stream(tokenizer.vocabulary, [], [first]) == [""]
 
 

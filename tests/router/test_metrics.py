@@ -54,7 +54,8 @@ def test_gauges() -> None:
 def test_histograms_and_counters() -> None:
     metrics = RouterMetrics()
     for seconds in (0.02, 0.021, 3000.0):
-        metrics.first_token(seconds, prompt_tokens=10)
+        metrics.first_token(seconds)
+        metrics.prompt(10)
     metrics.queued(0.1)
     metrics.generated(5)
     metrics.finished("stop", 5, 1.0)
@@ -103,7 +104,17 @@ def test_requests_are_counted(tokenizer: Tokenizer, served: ServedModel) -> None
     assert counted["vllm:e2e_request_latency_seconds_count", ()] == 4
     assert counted["vllm:request_success_total", (("finished_reason", "stop"),)] == 4
     assert counted["vllm:request_success_total", (("finished_reason", "error"),)] == 1
+    assert counted["vllm:request_prompt_tokens_count", ()] == 3
     api.generator.cluster = cluster(api.metrics.samples())
     response = api.request("GET", "/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     assert read(response.content)["vllm:prompt_tokens_total", ()] == 4
+
+
+def test_scored_prompts_are_counted_once(tokenizer: Tokenizer, served: ServedModel) -> None:
+    api = Api(tokenizer, served, lambda generation: [[ChoiceDelta(c, [], finish="length")] for c in range(generation.params.n)])
+    api.post("/v1/completions", prompt=[[5, 6], [7]], echo=True, max_tokens=0, n=2)
+    counted = {(sample.name, sample.labels): sample.value for sample in api.metrics.samples()}
+    assert counted["vllm:prompt_tokens_total", ()] == counted["vllm:request_prompt_tokens_sum", ()] == 3
+    assert counted["vllm:request_prompt_tokens_count", ()] == 2
+    assert counted["vllm:time_to_first_token_seconds_count", ()] == 0

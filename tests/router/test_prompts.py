@@ -1,16 +1,23 @@
 """What an answer says of its prompt: echo, prompt_logprobs, and requests for nothing else."""
 
-from collections.abc import Iterator, Sequence
+import pkgutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from cluster.protocol import TokenLogprobs
+from router.formats import CompletionFormat
 from router.generation import ChoiceDelta, Generation
 from router.prepare import ServedModel
 from router.prompt import echoed
 from router.tokenizer import Tokenizer
+from tests.router.conftest import CORPUS
 from tests.router.fakes import Api, Script, Step
 
 PATH = "/v1/completions"
@@ -186,11 +193,154 @@ def test_special_tokens_of_an_echoed_prompt(tokenizer: Tokenizer, served: Served
 
 def test_offsets_point_into_the_text_as_it_was_written(sentence_pieces: tokenizers.Tokenizer) -> None:
     tokenizer = Tokenizer(sentence_pieces, {}, None)
+    assert tokenizer.located("<s>The", True)[1][:3] == [0, 0, 3], "the first was put there, the second is spelled out"
     for text in ("The quick brown fox", " The quick", "a</s>b é"):
         tokens = tokenizer.encode_now(text, True)
-        prompt = echoed(tokenizer.vocabulary, tokens, text, show_special=False)
-        assert prompt.text == text
+        assert tokenizer.located(text, True)[0] == tokens
+        offsets = tokenizer.located(text, True)[1]
         names = [tokenizer.vocabulary.token_bytes(token).decode(errors="ignore") for token in tokens]
         assert tokens[0] == 1
-        for name, offset in zip(names[1:], prompt.offsets[1:], strict=True):
+        for name, offset in zip(names[1:], offsets[1:], strict=True):
             assert text[offset:].startswith((name, name.lstrip())), (name, offset)
+
+
+def byte_level(prefix: bool = False, processor: Any = None, normalizer: Any = None) -> Tokenizer:
+    encoder = tokenizers.Tokenizer(models.BPE())
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    encoder.decoder = decoders.ByteLevel()
+    if processor is not None:
+        encoder.post_processor = processor
+    if normalizer is not None:
+        encoder.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    encoder.train_from_iterator([*CORPUS, " fox" * 20], trainer)
+    encoder.add_tokens([AddedToken("<x>", lstrip=True, rstrip=True)])
+    return Tokenizer(encoder, {}, None)
+
+
+TRIMMING = processors.ByteLevel(trim_offsets=True)
+AROUND = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "wanted"),
+    [
+        (byte_level(normalizer=normalizers.NFC()), "cafe\u0301 cafe\u0301 fox", {" fox": 11}),
+        (byte_level(normalizer=normalizers.Strip()), "   fox fox  ", {" fox": 6}),
+        (byte_level(prefix=True), "The fox", {" The": 0, " fox": 3}),
+        (byte_level(prefix=True, processor=TRIMMING), "The fox", {" The": 0, " fox": 3}),
+        (byte_level(processor=TRIMMING), "The  fox  ", {"The": 0, " fox": 4}),
+        (byte_level(), "The  <x>  fox", {"The": 0, "<x>": 3}),
+        (byte_level(processor=AROUND), "<s>The fox", {"The": 3, " fox": 6, "</s>": 10}),
+    ],
+)
+def test_offsets_where_the_tokenizer_changes_the_text(tokenizer: Tokenizer, text: str, wanted: dict[str, int]) -> None:
+    tokens, offsets = tokenizer.located(text, True)
+    told = {tokenizer.vocabulary.token_bytes(token).decode(errors="replace"): o for token, o in zip(tokens, offsets, strict=True)}
+    assert {name: told.get(name) for name in wanted} == wanted
+    assert offsets == sorted(offsets)
+
+
+_PLAIN = (byte_level(), byte_level(processor=TRIMMING))
+
+
+@given(text=st.text(st.sampled_from("ab fox 🙂é👩‍👧.\n") | st.characters(codec="utf-8"), min_size=1, max_size=30))
+def test_offsets_of_a_text_are_those_of_its_tokens(text: str) -> None:
+    for tokenizer in _PLAIN:
+        tokens, offsets = tokenizer.located(text, False)
+        read = echoed(tokenizer.vocabulary, tokens, show_special=True)
+        assert (read.text, read.offsets) == (text, offsets)
+
+
+@pytest.mark.parametrize(
+    ("asked", "stream"),
+    [({"prompt_logprobs": 2}, False), ({"echo": True, "logprobs": 2}, False), ({"echo": True, "logprobs": 2}, True)],
+)
+def test_what_is_told_of_a_prompt_is_made_once_for_all_its_choices(
+    tokenizer: Tokenizer, served: ServedModel, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], stream: bool
+) -> None:
+    named: list[int] = []
+
+    def watched(original: Callable[[CompletionFormat, int], Any]) -> Callable[[CompletionFormat, int], Any]:
+        def name(form: CompletionFormat, token: int) -> Any:
+            named.append(token)
+            return original(form, token)
+
+        return name
+
+    for method in ("_name", "_token"):
+        monkeypatch.setattr(CompletionFormat, method, watched(getattr(CompletionFormat, method)))
+    counts = []
+    for n in (1, 4):
+        named.clear()
+        answer = both(Api(tokenizer, served, scores([])), stream, {"prompt": [5, 6, 7], "max_tokens": 0, "n": n, **asked})
+        assert len(answer) == n
+        assert all({**choice, "index": 0} == answer[0] for choice in answer)
+        counts.append(len(named))
+    assert counts[0] == counts[1] > 0
+
+
+def test_what_is_told_of_prompts_is_bounded(tokenizer: Tokenizer, served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.prepare.MAX_TOLD", 48)
+    api = Api(tokenizer, served, scores([]))
+    body: dict[str, Any] = {"prompt": [[5] * 5, [6] * 3], "max_tokens": 0}
+    for asked in ({"prompt_logprobs": 2}, {"echo": True, "logprobs": 2}):
+        api.post(PATH, **body, **asked, n=2)
+        (param,) = asked.keys() - {"echo"}
+        assert api.error(PATH, **body, **asked, n=3) == (400, param, "invalid_value")
+        assert api.error(PATH, **body, **{**asked, param: 3}, n=2) == (400, param, "invalid_value")
+    api.post(PATH, **body, n=8, echo=True)
+    assert api.error(PATH, **body, n=4, best_of=8, echo=True, logprobs=2)[1] == "logprobs"
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 0, "prompt_logprobs": 0, "n": 8}
+    api.post("/v1/chat/completions", **chat)
+
+
+def test_ids_that_do_not_fit_are_refused_unread(tokenizer: Tokenizer, served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*_: object, **__: object) -> None:
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr("router.prepare.echoed", unexpected)
+    api = Api(tokenizer, served, scores([]))
+    body: dict[str, Any] = {"prompt": [[5], [5] * 257], "echo": True, "max_tokens": 0}
+    assert api.error(PATH, **body) == (400, "prompt", "context_length_exceeded")
+
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "The fox " * 10}], "max_tokens": 1}
+LONG: dict[str, Any] = {"prompt": [5] * 100, "echo": True, "logprobs": 1, "max_tokens": 0}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "work"),
+    [
+        (PATH, LONG, "router.prepare.echoed"),
+        (PATH, LONG, "router.formats.CompletionFormat.whole"),
+        (PATH, {**LONG, "stream": True}, "router.formats.CompletionFormat.chunks"),
+        (PATH, {**LONG, "prompt": "The fox " * 20}, "router.tokenizer.Tokenizer.located"),
+        (PATH, {"prompt": "The fox " * 20, "max_tokens": 1}, "router.tokenizer.Tokenizer.encode_now"),
+        ("/v1/chat/completions", CHAT, "router.tokenizer.Tokenizer.encode_now"),
+        ("/v1/chat/completions", CHAT, "router.tokenizer.Tokenizer.render"),
+        ("/tokenize", {"prompt": "The fox " * 20}, "router.tokenizer.Tokenizer.encode_now"),
+        ("/tokenize", {"messages": CHAT["messages"]}, "router.tokenizer.Tokenizer.render"),
+        ("/tokenize", {"prompt": "🙃" * 30, "return_token_strs": True}, "router.vocabulary.Vocabulary.token_string"),
+        ("/detokenize", {"tokens": [5] * 100}, "router.detokenizer.Detokenizer.feed"),
+    ],
+)
+def test_long_work_is_done_beside_the_event_loop(
+    tokenizer: Tokenizer, served: ServedModel, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], work: str
+) -> None:
+    threads = set()
+    original = pkgutil.resolve_name(work)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        threads.add(threading.current_thread())
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(work, watched)
+    for inline, beside in ((10**6, False), (50, True)):
+        monkeypatch.setattr("router.offload.INLINE", inline)
+        threads.clear()
+        response = Api(tokenizer, served, scores([70])).request("POST", path, json=body)
+        assert response.status_code == 200, response.text
+        assert threads
+        assert (threading.main_thread() not in threads) is beside

@@ -2,8 +2,6 @@
 
 import importlib.metadata
 import json
-import sys
-import unicodedata
 from typing import Any
 
 import pytest
@@ -12,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from router.bounds import NFC_SHRINKS
 from router.prepare import ServedModel
+from router.schemas import MAX_TOKENIZED
 from router.tokenizer import Tokenizer
 from tests.router.conftest import CORPUS, TEMPLATE
 from tests.router.fakes import Api
@@ -69,6 +67,19 @@ def test_version(tokenizer: Tokenizer, served: ServedModel) -> None:
     assert response.json() == {"version": importlib.metadata.version("rayline")}
 
 
+def test_what_is_too_long_to_be_worked_on(tokenizer: Tokenizer, served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    api = Api(tokenizer, served)
+    cases: list[tuple[str, str, Any]] = [("/tokenize", "prompt", "x"), ("/detokenize", "tokens", [5])]
+    for path, param, one in cases:
+        response = api.request("POST", path, json={param: one * (MAX_TOKENIZED + 1)})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+        assert f"'{param}' must have at most {MAX_TOKENIZED} " in response.json()["error"]["message"]
+    monkeypatch.setattr("router.prepare.MAX_TOKENIZED", 100)
+    answer = (400, "messages", "invalid_value")
+    assert api.error("/tokenize", messages=[{"role": "user", "content": "x" * 80}]) == answer
+    api.post("/tokenize", messages=[{"role": "user", "content": "x" * 20}])
+
+
 BAD: list[tuple[str, dict[str, Any], tuple[int, str | None, str]]] = [
     ("/tokenize", {}, (400, "prompt", "invalid_value")),
     ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "x"}]}, (400, "prompt", "invalid_value")),
@@ -103,6 +114,7 @@ def test_a_text_far_too_long_is_refused_unread(tokenizer: Tokenizer, served: Ser
         raise AssertionError("it was encoded")
 
     monkeypatch.setattr(tokenizer, "encode_now", unexpected)
+    monkeypatch.setattr(tokenizer, "located", unexpected)
     api = Api(tokenizer, served)
     huge = "fox " * 2**20
     assert api.error("/v1/completions", prompt=["fine", huge]) == (400, "prompt", "context_length_exceeded")
@@ -118,7 +130,7 @@ def byte_level(**parts: Any) -> tokenizers.Tokenizer:
     if "normalizer" in parts:
         encoder.normalizer = parts["normalizer"]
     alphabet = parts.get("alphabet") or pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=parts.get("size", 500), initial_alphabet=alphabet, show_progress=False)
     encoder.train_from_iterator([*CORPUS, "e\u0301\u0302 \u1fbe\u0308\u0301 " * 20], trainer)
     return encoder
 
@@ -134,7 +146,14 @@ def test_no_text_has_fewer_tokens_than_the_bound(sentence_pieces: tokenizers.Tok
         assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode_now(text, True))
 
 
-_BOUNDED = (byte_level(), byte_level(normalizer=normalizers.NFC()))
+_BOUNDED = (byte_level(), byte_level(normalizer=normalizers.NFC()), byte_level(normalizer=normalizers.NFC(), size=256))
+"""The last one has no tokens but the 256 bytes: its bound is exact."""
+
+
+def test_composed_text_counts() -> None:
+    tokenizer = Tokenizer(_BOUNDED[2], {}, None)
+    for text in ("cafe\u0301", "\u1fbe\u0308\u0301" * 5, "plain", "각"):
+        assert tokenizer.fewest_tokens(text) == len(tokenizer.encode_now(text, False))
 
 
 def test_a_text_that_writes_the_sign_for_a_space_itself() -> None:
@@ -152,7 +171,7 @@ def test_a_text_that_writes_the_sign_for_a_space_itself() -> None:
 
 def test_the_bound_is_near(sentence_pieces: tokenizers.Tokenizer) -> None:
     """It would be useless if it never refused anything."""
-    for encoder, share in ((sentence_pieces, 20), (_BOUNDED[0], 20), (_BOUNDED[1], 80)):
+    for encoder, share in ((sentence_pieces, 20), (_BOUNDED[0], 20), (_BOUNDED[1], 20)):
         text = "The quick brown fox jumps over the lazy dog. " * 100
         tokenizer = Tokenizer(encoder, {}, None)
         assert tokenizer.fewest_tokens(text) > len(tokenizer.encode_now(text, True)) / share
@@ -163,8 +182,15 @@ def test_where_text_may_vanish_there_is_no_bound(sentence_pieces: tokenizers.Tok
     stripped.add_tokens([AddedToken("<x>", lstrip=True)])
     unknown = json.loads(sentence_pieces.to_str())
     unknown["model"]["byte_fallback"] = False
+    words = byte_level()
+    words.model = models.WordLevel({**words.get_vocab(), "[UNK]": 500}, "[UNK]")
+    apart = byte_level(normalizer=normalizers.NFC())
+    apart.add_special_tokens(["\u00e0"])
     vanishing = [
         stripped,
+        words,
+        apart,
+        byte_level(normalizer=normalizers.Sequence([normalizers.Replace("a", "e\u0301"), normalizers.NFC()])),
         tokenizers.Tokenizer.from_str(json.dumps(unknown)),
         byte_level(normalizer=normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])),
         byte_level(normalizer=normalizers.NFKC()),
@@ -175,18 +201,3 @@ def test_where_text_may_vanish_there_is_no_bound(sentence_pieces: tokenizers.Tok
         byte_level(alphabet=["a", "b"]),
     ]
     assert [Tokenizer(encoder, {}, None).fewest_tokens("a" * 10**6) for encoder in vanishing] == [0] * len(vanishing)
-
-
-def test_composing_shrinks_no_character_further_than_assumed() -> None:
-    """Every character against the longest spelling of its decomposition."""
-    plain = {chr(code): unicodedata.normalize("NFD", chr(code)) for code in range(sys.maxunicode + 1)}
-    composed = {character: parts for character, parts in plain.items() if parts != character}
-    longest: dict[str, int] = {}
-    for character, parts in composed.items():
-        for part in parts:
-            longest.setdefault(part, len(part.encode()))
-        if len(parts) == 1:
-            longest[parts] = max(longest[parts], len(character.encode()))
-    for character, parts in composed.items():
-        spelled = sum(longest[part] for part in parts)
-        assert spelled <= NFC_SHRINKS * len(unicodedata.normalize("NFC", character).encode()), character

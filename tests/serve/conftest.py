@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import openai
 import pytest
 
-from cluster.cli import DEMO_MODEL
+from cluster.model import DEMO_MODEL
 
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60
@@ -68,9 +68,16 @@ class Server:
 
     def wait_for(self, name: str, value: float, timeout_s: float = 30) -> None:
         """Until a metric has a value. Metrics follow with the next heartbeat."""
+        self._wait(name, lambda seen: seen == value, f"not {value}", timeout_s)
+
+    def wait_for_at_least(self, name: str, value: float, timeout_s: float = 30) -> None:
+        """Until a counter has grown to a value; what earlier requests counted may still be on its way."""
+        self._wait(name, lambda seen: seen >= value, f"not {value} or more", timeout_s)
+
+    def _wait(self, name: str, reached: Callable[[float], bool], wanted: str, timeout_s: float) -> None:
         end = time.monotonic() + timeout_s
-        while (seen := self.gauge(name)) != value:
-            assert time.monotonic() < end, f"{name} is {seen}, not {value}"
+        while not reached(seen := self.gauge(name)):
+            assert time.monotonic() < end, f"{name} is {seen}, {wanted}"
             time.sleep(0.1)
 
     def processes(self) -> list[int]:

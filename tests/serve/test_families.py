@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster.cli import DEMO_MODEL
+from cluster.model import DEMO_MODEL
 from tests.serve.conftest import start_server
 from tests.workers.models import make_model, prompt
 

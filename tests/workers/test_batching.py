@@ -9,7 +9,7 @@ from tests.workers.driver import Driver, generate, greedy
 from tests.workers.models import TinyModel, prompt
 from workers.runner import ModelRunner
 
-KINDS = ["llama", "llama3-rope-tied", "qwen3"]
+KINDS = ["llama", "llama3-rope-tied", "qwen3", "mistral", "qwen3-window"]
 LENGTHS = [1, 3, 8, 9, 17, 30, 41]
 MIXED = [
     greedy(logprobs=2),

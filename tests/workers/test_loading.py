@@ -35,6 +35,12 @@ def load(path: Path) -> None:
     load_runner(open_model(str(path)), Config(model=str(path), device="cpu"), num_blocks=4)
 
 
+def test_a_pool_larger_than_the_memory_is_a_config_error(tiny_models: dict[str, TinyModel]) -> None:
+    path = tiny_models["llama"].path
+    with pytest.raises(ConfigError, match=r"the cpu has no \d{19} bytes for the KV pool; set kv_memory to less"):
+        load_runner(open_model(str(path)), Config(model=str(path), device="cpu"), num_blocks=10**15)
+
+
 def test_a_sharded_checkpoint_is_the_whole_one(tmp_path: Path) -> None:
     whole = make_model(tmp_path / "whole", "qwen3")
     sharded = make_model(tmp_path / "sharded", "qwen3", max_shard_size="60KB")
