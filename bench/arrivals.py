@@ -31,13 +31,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from bench import options
-from bench.contenders import DEFAULT_SLOTS, Policy, dtype_name
+from bench.contenders import DEFAULT_SLOTS, Policy, dtype_name, load_for_policies
 from bench.driver import Drive, Hold, Runner, Served
 from bench.rates import Curve, champion, explore
 from bench.report import Cell, Line, Report, command_line, draw_lines
 from bench.workload import Job, at_once, jobs, poisson
 from cluster.config import BatchConfig, Batching
-from cluster.offline import LLM
 
 PERCENTILE = 90
 ALONE = 100
@@ -181,8 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("process-CPU time is time for a client with --threads 1 only; take --clock wall")
     report = Report("arrivals", command_line(argv))
     most = max(arguments.slots, *arguments.batches)
-    settings = {"max_num_seqs": most, "max_num_batched_tokens": max(512, most), "kv_memory": arguments.kv_memory}
-    llm = LLM(arguments.model, dtype=arguments.dtype, threads=arguments.threads, **settings)
+    llm = load_for_policies(arguments, most)
     try:
         shapes = at_once(options.workload(arguments, llm.batcher.config.max_sequence_tokens, report.say))
     except ValueError as error:

@@ -43,6 +43,7 @@ from bench.contenders import (
     dtype_name,
     faster_peer,
     interleave,
+    load_for_policies,
     load_peer,
     static_batches,
     times_faster,
@@ -178,8 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     largest = arguments.sweep_most or arguments.slots
     most = max(arguments.slots, DEFAULT_SLOTS, largest)
-    settings = {"max_num_seqs": most, "max_num_batched_tokens": max(512, most), "kv_memory": arguments.kv_memory}
-    llm = LLM(arguments.model, dtype=arguments.dtype, threads=arguments.threads, **settings)
+    llm = load_for_policies(arguments, most)
     try:
         shapes = at_once(options.workload(arguments, llm.batcher.config.max_sequence_tokens, report.say))
     except ValueError as error:

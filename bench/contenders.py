@@ -6,6 +6,7 @@ All decode greedily and ignore end-of-sequence.
 import dataclasses
 import statistics
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,12 @@ def times_faster(one: Contender, other: Contender) -> tuple[float, float]:
 
 
 # --- ours -----------------------------------------------------------------------------------------------------------
+
+
+def load_for_policies(arguments: Namespace, most: int) -> LLM:
+    """The model of a command line, with room for policies of up to `most` sequences at a time."""
+    settings = {"max_num_seqs": most, "max_num_batched_tokens": max(512, most), "kv_memory": arguments.kv_memory}
+    return LLM(arguments.model, dtype=arguments.dtype, threads=arguments.threads, **settings)
 
 
 def dtype_name(llm: LLM) -> str:

@@ -273,17 +273,12 @@ def measure(runner: ModelRunner, files: ModelFiles, tokens: int, causes: Sequenc
 
 
 def load_bare(files: ModelFiles, dtype: str, device: str, length: int) -> ModelRunner:
-    """A runner whose pool holds a wave."""
+    """A runner whose pool holds a wave. Raises ConfigError for a dtype that is none."""
     longest = min(files.shape.max_position_embeddings, 700 + length)
     num_blocks = 1 + WAVE * (-(-200 // BLOCK_SIZE) + -(-length // BLOCK_SIZE) + 2) + WAVE // LONG * -(-longest // BLOCK_SIZE)
-    config = Config(model=str(files.path), dtype=torch_dtype_name(dtype), device=device, block_size=BLOCK_SIZE)  # type: ignore[arg-type]
+    torch_dtype(dtype)  # refuses what a row can't be named after, "auto" among it
+    config = Config(model=str(files.path), dtype=dtype, device=device, block_size=BLOCK_SIZE)  # type: ignore[arg-type]
     return load_runner(files, config, num_blocks=num_blocks)
-
-
-def torch_dtype_name(name: str) -> str:
-    """`name`, once it is known to be one."""
-    torch_dtype(name)
-    return name
 
 
 def interval(flips: int, tokens: int) -> tuple[float, float]:

@@ -11,9 +11,8 @@ import torch
 from bench.exactness import Case, Run
 from cluster.config import Config
 from cluster.model import open_model
-from cluster.protocol import SamplingParams
 from kv.pool import KVPool
-from tests.workers.driver import Driver, generate, greedy
+from tests.workers.driver import LENGTHS, MIXED, Driver, generate, greedy
 from tests.workers.models import KINDS, VOCAB, TinyModel, make_model, prompt
 from tests.workers.spans import make_span
 from workers.attention import PagedSpans, make_attention
@@ -29,16 +28,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here"),
 ]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-LENGTHS = [1, 3, 8, 9, 17, 30, 41]
-MIXED = [
-    greedy(logprobs=2),
-    SamplingParams(seed=5, max_tokens=99, temperature=0.8, logprobs=0),
-    SamplingParams(seed=6, max_tokens=99, temperature=1.1, top_k=20, top_p=0.9),
-    SamplingParams(seed=7, max_tokens=99, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.1),
-    SamplingParams(seed=8, max_tokens=99, temperature=0.7, top_p=0.6),
-    SamplingParams(seed=9, max_tokens=99, min_p=0.1, logit_bias={3: 2.0, 9: -5.0}),
-    greedy(logit_bias={3: 2.0, 9: -5.0}),
-]
 
 
 @pytest.fixture(scope="module")

@@ -37,3 +37,17 @@ def generate(runner: ModelRunner, prompt: list[int], num_tokens: int, params: Sa
     driver.add(0, prompt, params)
     driver.run([0], num_tokens, chunk)
     return driver.sequences[0].output
+
+
+LENGTHS = [1, 3, 8, 9, 17, 30, 41]
+"""Of prompts whose batch is mixed: around the borders of blocks of 8."""
+MIXED = [
+    greedy(logprobs=2),
+    SamplingParams(seed=5, max_tokens=99, temperature=0.8, logprobs=0),
+    SamplingParams(seed=6, max_tokens=99, temperature=1.1, top_k=20, top_p=0.9),
+    SamplingParams(seed=7, max_tokens=99, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.1),
+    SamplingParams(seed=8, max_tokens=99, temperature=0.7, top_p=0.6),
+    SamplingParams(seed=9, max_tokens=99, min_p=0.1, logit_bias={3: 2.0, 9: -5.0}),
+    greedy(logit_bias={3: 2.0, 9: -5.0}),
+]
+"""Ways to draw, one for each of LENGTHS."""

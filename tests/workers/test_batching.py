@@ -5,19 +5,11 @@ import random
 import pytest
 
 from cluster.protocol import SamplingParams
-from tests.workers.driver import Driver, generate, greedy
+from tests.workers.driver import LENGTHS, MIXED, Driver, generate
 from tests.workers.models import TinyModel, prompt
 from workers.runner import ModelRunner
 
 KINDS = ["llama", "llama3-rope-tied", "qwen3", "mistral", "qwen3-window"]
-LENGTHS = [1, 3, 8, 9, 17, 30, 41]
-MIXED = [
-    greedy(logprobs=2),
-    SamplingParams(seed=5, max_tokens=99, temperature=0.8, logprobs=0),
-    SamplingParams(seed=6, max_tokens=99, temperature=1.1, top_k=20, top_p=0.9),
-    SamplingParams(seed=7, max_tokens=99, repetition_penalty=1.2, frequency_penalty=0.3, presence_penalty=0.1),
-    greedy(logit_bias={3: 2.0, 9: -5.0}),
-]
 
 
 def alone(runner: ModelRunner, count: int) -> list[list[int]]:
