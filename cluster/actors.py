@@ -18,6 +18,7 @@ from cluster.config import Config, batch_settings
 from cluster.engine import Engine, EngineConfig, KillWorkers, Send, StartWorkers
 from cluster.protocol import EngineMessage, SchedulerMessage
 from cluster.scheduler import GlobalScheduler, SchedulerConfig
+from parallel.rendezvous import StoreServer
 
 TICK_S = 0.2
 _KILL_TIMEOUT_S = 10.0
@@ -80,8 +81,10 @@ class EngineActor:
             batch=batch_settings(config, num_blocks=2, max_model_len=1),  # the workers will say how much they hold
             num_ranks=config.tp * config.pp,
             step_timeout_s=config.step_timeout_s,
+            worker_timeout_s=config.worker_timeout_s,
             load_timeout_s=config.load_timeout_s,
         )
+        self._store = StoreServer(ray.util.get_node_ip_address()) if settings.num_ranks > 1 else None
         self._engine = Engine(settings, time.time_ns() // 1_000_000, time.monotonic())
         _start(self._run, name)
 
@@ -119,7 +122,7 @@ class EngineActor:
         gpus = 1 if self._config.device == "cuda" else 0
         actor = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0)(Worker)
         for rank in range(self._config.tp * self._config.pp):
-            worker = actor.remote(self._config, rank, epoch, self._mailbox.address)
+            worker = actor.remote(self._config, rank, epoch, self._mailbox.address, self._store.address if self._store else "")
             self._workers.append(worker)
             self._running[worker.run.remote()] = epoch
 

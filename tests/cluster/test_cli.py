@@ -38,8 +38,9 @@ def model(tmp_path: Path) -> Path:
     ("words", "why"),
     [
         (["--no-such-option"], "--no-such-option"),
-        (["--tp", "2"], "tp is 2"),
-        (["--pp", "2"], "pp is 2"),
+        (["--tp", "0"], "tp is 0"),
+        (["--stage-layers", "3,x"], "stage_layers is '3,x'"),
+        (["--pp", "2", "--stage-layers", "1,2,1"], "stage_layers names 3 stages, but pp is 2"),
         (["--engines", "2"], "engines is 2"),
         (["--dtype", "int3"], "int3"),
         (["--kv-memory", "much"], "much"),
