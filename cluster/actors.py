@@ -29,18 +29,24 @@ log = logging.getLogger(__name__)
 class SchedulerActor:
     """The GlobalScheduler behind a mailbox."""
 
-    def __init__(self, config: Config, port: int, lease: str) -> None:
-        """`port`: fixed, so that a restarted scheduler is found again. `lease`: Ray's namespace of the application."""
+    def __init__(self, config: Config, port: int, lease: str, secret: str) -> None:
+        """`port`: fixed, so that a restarted scheduler is found again. `lease`: Ray's namespace of the application. `secret`: that
+        of all its mailboxes."""
         logging.basicConfig(level=logging.INFO, format="[scheduler] %(levelname)s %(message)s")
-        self._mailbox = Mailbox[SchedulerMessage](SchedulerMessage, ray.util.get_node_ip_address(), port)
+        self._mailbox = Mailbox[SchedulerMessage](SchedulerMessage, ray.util.get_node_ip_address(), port, secret)
         settings = SchedulerConfig(max_queue=config.max_queue, placement=config.placement)
         self._scheduler = GlobalScheduler(settings, time.monotonic())
         self._lease = lease
+        self._secret = secret
         _start(self._run, "scheduler")
 
     def address(self) -> str:
         """Of its mailbox."""
         return self._mailbox.address
+
+    def secret(self) -> str:
+        """Of the application's mailboxes: that of the scheduler that was created first."""
+        return self._secret
 
     def _run(self) -> None:
         next_tick = 0.0
@@ -51,6 +57,7 @@ class SchedulerActor:
                 self._scheduler.receive(message, now)
             if now >= next_tick:
                 next_tick = now + TICK_S
+                self._scheduler.counted("scheduler", self._mailbox.samples("scheduler"))
                 self._scheduler.tick(now)
                 if self._scheduler.lease_over(now):
                     self._end()
@@ -67,13 +74,13 @@ class SchedulerActor:
 class EngineActor:
     """An Engine behind a mailbox, and the owner of its workers: they die with it."""
 
-    def __init__(self, config: Config, name: str, scheduler: str) -> None:
+    def __init__(self, config: Config, name: str, scheduler: str, secret: str) -> None:
         logging.basicConfig(level=logging.INFO, format=f"[{name}] %(levelname)s %(message)s")
-        self._config = config
+        self._config, self._secret = config, secret
         self._workers: list[Any] = []
         self._running: dict[Any, int] = {}
         """The run() of each worker -> its epoch. It ends when the worker does."""
-        self._mailbox = Mailbox[EngineMessage](EngineMessage, ray.util.get_node_ip_address())
+        self._mailbox = Mailbox[EngineMessage](EngineMessage, ray.util.get_node_ip_address(), secret=secret)
         settings = EngineConfig(
             name=name,
             address=self._mailbox.address,
@@ -103,6 +110,7 @@ class EngineActor:
             if now >= next_tick:
                 next_tick = now + TICK_S
                 self._look_at_workers(now)
+                self._engine.metrics.channel = self._mailbox.samples(self._engine.config.name)
                 self._engine.tick(now)
 
     def _carry_out(self) -> None:
@@ -121,8 +129,9 @@ class EngineActor:
 
         gpus = 1 if self._config.device == "cuda" else 0
         actor = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0)(Worker)
+        store = self._store.address if self._store else ""
         for rank in range(self._config.tp * self._config.pp):
-            worker = actor.remote(self._config, rank, epoch, self._mailbox.address, self._store.address if self._store else "")
+            worker = actor.remote(self._config, rank, epoch, self._mailbox.address, store, self._secret)
             self._workers.append(worker)
             self._running[worker.run.remote()] = epoch
 

@@ -3,10 +3,12 @@
 import ast
 import dataclasses
 import inspect
+import os
+import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -105,6 +107,7 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
     stop = threading.Event()
     began = time.monotonic()
     click.echo(f"starting {config.model_name} ...")
+    protect_ray(os.environ)
     from cluster.launch import served, wait_until_healthy
 
     with served(config, stop) as url:
@@ -113,6 +116,17 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
             click.echo(f"serving {config.model_name} at {url}/v1 after {time.monotonic() - began:.1f} s (Ctrl-C to stop)")
             stop.wait()
         click.echo("stopping ...")
+
+
+def protect_ray(environ: MutableMapping[str, str]) -> None:
+    """Let the Ray that is about to start in this process want a token that only its own processes know. Call before importing Ray.
+
+    What the user chose stays, and nothing is set where RAY_ADDRESS names a cluster: that one has its own mode.
+    """
+    if "RAY_ADDRESS" in environ or environ.setdefault("RAY_AUTH_MODE", "token") != "token":
+        return
+    if "RAY_AUTH_TOKEN_PATH" not in environ:
+        environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
 
 
 @cli.command()

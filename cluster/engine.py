@@ -102,6 +102,8 @@ class Metrics:
     epochs: int = 0
     stage_seconds: dict[int, float] = field(default_factory=dict)
     """By stage: how long its leader computed."""
+    channel: list[MetricSample] = field(default_factory=list)
+    """Of its mailbox, which the process around it owns."""
 
     def samples(self, engine: str) -> list[MetricSample]:
         """As MetricSamples."""
@@ -115,6 +117,7 @@ class Metrics:
                 MetricSample("rayline:stage_compute_seconds_total", (*labels, ("stage", str(stage))), seconds)
                 for stage, seconds in sorted(self.stage_seconds.items())
             ),
+            *self.channel,
         ]
 
 

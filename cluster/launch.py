@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -26,32 +27,34 @@ NAMESPACE = "rayline"
 _ACTOR_TIMEOUT_S = 60.0
 
 
-def ensure_cluster(config: Config) -> str:
-    """Find the application's scheduler and engines, or start them; returns the scheduler's address.
+def ensure_cluster(config: Config) -> tuple[str, str]:
+    """Find the application's scheduler and engines, or start them; returns the scheduler's address and the mailboxes' secret.
 
     Does not wait for engines to load: until one has, requests queue and /health says 503.
     """
     # Zero CPUs of Ray's accounting: these actors wait for messages most of the time, and must never be queued behind work.
     always = {"num_cpus": 0, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
     scheduler = (
-        ray.remote(SchedulerActor).options(name="scheduler", max_restarts=-1, **always).remote(config, _free_port(), NAMESPACE)
+        ray.remote(SchedulerActor)
+        .options(name="scheduler", max_restarts=-1, **always)
+        .remote(config, _free_port(), NAMESPACE, secrets.token_hex())
     )
-    address: str = ray.get(scheduler.address.remote(), timeout=_ACTOR_TIMEOUT_S)
+    address, secret = ray.get([scheduler.address.remote(), scheduler.secret.remote()], timeout=_ACTOR_TIMEOUT_S)
     for number in range(config.engines):
         name = f"engine-{number}"
-        ray.remote(EngineActor).options(name=name, max_restarts=-1, **always).remote(config, name, address)
-    return address
+        ray.remote(EngineActor).options(name=name, max_restarts=-1, **always).remote(config, name, address, secret)
+    return address, secret
 
 
 @contextmanager
 def served(config: Config, stop: threading.Event) -> Iterator[str]:
     """Serve `config.model` over HTTP for as long as the context lasts; yields the base URL. SIGINT and SIGTERM set `stop`.
 
-    Uses the Ray cluster that RAY_ADDRESS names, else starts one on this machine. Raises ConfigError where the port is taken.
+    Uses the Ray cluster that RAY_ADDRESS names, else starts one on this machine (authenticated as protect_ray() says, if it was
+    called before Ray was imported). Raises ConfigError where the port is taken.
     """
     _check_port(config.host, config.port)
     ours = "RAY_ADDRESS" not in os.environ
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if ours else "token")
     _stop_on_signals(stop)
     ray.init(
         address="local" if ours else None,
@@ -63,13 +66,13 @@ def served(config: Config, stop: threading.Event) -> Iterator[str]:
     try:
         from router.app import application
 
-        scheduler = ensure_cluster(config)
+        scheduler, secret = ensure_cluster(config)
         _go_on(stop)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         where = "HeadOnly" if ours else "EveryNode"
         serve.start(where, {"host": config.host, "port": config.port}, logging_config=quiet)
         _go_on(stop)
-        serve.run(application(config, scheduler), name=APPLICATION, route_prefix="/", logging_config=quiet)
+        serve.run(application(config, scheduler, secret), name=APPLICATION, route_prefix="/", logging_config=quiet)
         host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
         yield f"http://{host}:{config.port}"
     finally:

@@ -33,11 +33,11 @@ MAX_ONGOING = 10_000
 class Router:
     """One replica: an HTTP edge and its journal."""
 
-    def __init__(self, config: Config, scheduler: str) -> None:
+    def __init__(self, config: Config, scheduler: str, secret: str) -> None:
         logging.basicConfig(level=logging.INFO, format="[router] %(levelname)s %(message)s")
         self._config = config
         self._metrics = RouterMetrics()
-        mailbox = Mailbox[RouterMessage](RouterMessage, ray.util.get_node_ip_address())
+        mailbox = Mailbox[RouterMessage](RouterMessage, ray.util.get_node_ip_address(), secret=secret)
         self._dispatcher = Dispatcher(mailbox, scheduler, self._metrics.samples)
         self._files = open_model(config.model, config.revision)
         self._tokenizer = load(self._files.path)
@@ -68,11 +68,11 @@ class Router:
 def build(args: dict[str, Any]) -> serve.Application:
     """Serve's application builder: `args` are Config's settings by name, as under `args:` in a Serve YAML file."""
     config = from_mapping(args)
-    scheduler = ensure_cluster(config)
-    return application(config, scheduler)
+    scheduler, secret = ensure_cluster(config)
+    return application(config, scheduler, secret)
 
 
-def application(config: Config, scheduler: str) -> serve.Application:
-    """The router for a cluster whose scheduler is at address `scheduler`."""
-    bound: serve.Application = Router.options(num_replicas=config.routers).bind(config, scheduler)  # type: ignore[attr-defined]
+def application(config: Config, scheduler: str, secret: str) -> serve.Application:
+    """The router for a cluster whose scheduler is at address `scheduler` and whose mailboxes share `secret`."""
+    bound: serve.Application = Router.options(num_replicas=config.routers).bind(config, scheduler, secret)  # type: ignore[attr-defined]
     return bound

@@ -14,14 +14,14 @@ from workers.serve import Intake, serve_plans
 log = logging.getLogger(__name__)
 
 
-def run_rank(config: Config, rank: int, epoch: int, engine: str, store: str, host: str) -> str:
+def run_rank(config: Config, rank: int, epoch: int, engine: str, store: str, secret: str, host: str) -> str:
     """Load, announce, serve; returns why it ended.
 
     engine: the address of its mailbox. store: where the ranks meet (see parallel.rendezvous), "" where there is one only.
-    host: this node's own address.
+    secret: of the application's mailboxes. host: this node's own address.
     """
     seat = Mesh(config.tp, config.pp).seat(rank)
-    with Mailbox[WorkerMessage](WorkerMessage, host) as mailbox:
+    with Mailbox[WorkerMessage](WorkerMessage, host, secret=secret) as mailbox:
         try:
             from workers.runner import load_runner  # torch takes seconds to import: after the mailbox, inside the time-out
 

@@ -11,9 +11,9 @@ from workers.rank import run_rank
 class Worker:
     """One rank of one epoch of one engine."""
 
-    def __init__(self, config: Config, rank: int, epoch: int, engine: str, store: str) -> None:
+    def __init__(self, config: Config, rank: int, epoch: int, engine: str, store: str, secret: str) -> None:
         """See workers.rank.run_rank."""
-        self._arguments = (config, rank, epoch, engine, store)
+        self._arguments = (config, rank, epoch, engine, store, secret)
         logging.basicConfig(level=logging.INFO, format=f"[worker {rank}] %(levelname)s %(message)s")
 
     def run(self) -> str:

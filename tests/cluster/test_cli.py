@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.cli import resolve
+from cluster.cli import protect_ray, resolve
 from cluster.config import ConfigError
 from cluster.model import DEMO_MODEL
 
@@ -26,6 +26,25 @@ def refused(*words: str) -> str:
     (line,) = done.stderr.splitlines()
     assert line.startswith("rayline: ")
     return line
+
+
+def test_a_ray_of_our_own_gets_a_token_and_what_the_user_chose_stays() -> None:
+    fresh: dict[str, str] = {}
+    protect_ray(fresh)
+    another: dict[str, str] = {}
+    protect_ray(another)
+    assert fresh["RAY_AUTH_MODE"] == another["RAY_AUTH_MODE"] == "token"
+    assert len(fresh["RAY_AUTH_TOKEN"]) == 64
+    assert fresh["RAY_AUTH_TOKEN"] != another["RAY_AUTH_TOKEN"]
+    for kept in (
+        {"RAY_ADDRESS": "127.0.0.1:6379"},
+        {"RAY_AUTH_MODE": "disabled"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "mine"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/a/file"},
+    ):
+        environ = dict(kept)
+        protect_ray(environ)
+        assert environ == kept
 
 
 @pytest.fixture
