@@ -6,7 +6,6 @@ from cluster.channel import Mailbox
 from cluster.config import Config, ConfigError
 from cluster.model import open_model
 from cluster.protocol import WorkerFailed, WorkerMessage, WorkerReady
-from parallel.membership import Membership
 from parallel.mesh import Mesh
 from parallel.rendezvous import connect
 from workers.serve import Intake, serve_plans
@@ -23,7 +22,8 @@ def run_rank(config: Config, rank: int, epoch: int, engine: str, store: str, sec
     seat = Mesh(config.tp, config.pp).seat(rank)
     with Mailbox[WorkerMessage](WorkerMessage, host, secret=secret) as mailbox:
         try:
-            from workers.runner import load_runner  # torch takes seconds to import: after the mailbox, inside the time-out
+            from parallel.membership import Membership  # torch takes seconds to import: after the mailbox, inside the time-out
+            from workers.runner import load_runner
 
             files = open_model(config.model, config.revision)
             meeting = connect(store, epoch, config.load_timeout_s) if store else None
