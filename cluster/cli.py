@@ -98,7 +98,7 @@ def cli() -> None:
 @cli.command()
 @engine_options
 def serve(model: str | None, config_file: str | None, **options: Any) -> None:
-    """Serve MODEL (a directory or hub id; default: the bundled demo) to OpenAI clients over HTTP."""
+    """Serve MODEL (a directory or hub id; default: the bundled demo) over HTTP (OpenAI's interface) and gRPC."""
     config = resolve(model, config_file, options)
     files = open_model(config.model, config.revision)
     from router.tokenizer import load
@@ -113,7 +113,8 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
     with served(config, stop) as url:
         wait_until_healthy(url, config.load_timeout_s, stop)
         if not stop.is_set():
-            click.echo(f"serving {config.model_name} at {url}/v1 after {time.monotonic() - began:.1f} s (Ctrl-C to stop)")
+            over = f" and gRPC port {config.grpc_port}" if config.grpc_port else ""
+            click.echo(f"serving {config.model_name} at {url}/v1{over} after {time.monotonic() - began:.1f} s (Ctrl-C to stop)")
             stop.wait()
         click.echo("stopping ...")
 

@@ -80,6 +80,8 @@ class Config:
     """Serve replicas of the router."""
     host: str = "0.0.0.0"
     port: int = 8000
+    grpc_port: int = 9000
+    """Of the gRPC interface, on all addresses of the machine whatever host says; 0: none."""
     max_model_len: int | None = None
     """Default: what the model's config allows, cut to what the pool holds."""
     kv_memory: int | None = None
@@ -120,6 +122,10 @@ class Config:
             raise ConfigError(f"stage_layers names {len(self.stage_layers)} stages, but pp is {self.pp}")
         if self.engines > 1:
             raise ConfigError(f"engines is {self.engines}, but only 1 is supported so far")
+        if not 0 <= self.grpc_port <= 65535:
+            raise ConfigError(f"grpc_port is {self.grpc_port}, but ports go from 0 to 65535")
+        if self.grpc_port == self.port != 0:
+            raise ConfigError(f"grpc_port and port are both {self.port}, but each needs a port of its own")
 
     @property
     def model_name(self) -> str:

@@ -16,6 +16,7 @@ from types import FrameType
 
 import ray
 from ray import serve
+from ray.serve.config import gRPCOptions
 from ray.serve.schema import LoggingConfig
 
 from cluster.actors import EngineActor, SchedulerActor, end_actors
@@ -48,12 +49,14 @@ def ensure_cluster(config: Config) -> tuple[str, str]:
 
 @contextmanager
 def served(config: Config, stop: threading.Event) -> Iterator[str]:
-    """Serve `config.model` over HTTP for as long as the context lasts; yields the base URL. SIGINT and SIGTERM set `stop`.
+    """Serve `config.model` over HTTP and gRPC while the context lasts; yields HTTP's base URL. SIGINT and SIGTERM set `stop`.
 
     Uses the Ray cluster that RAY_ADDRESS names, else starts one on this machine (authenticated as protect_ray() says, if it was
-    called before Ray was imported). Raises ConfigError where the port is taken.
+    called before Ray was imported). Raises ConfigError where a port is taken.
     """
     _check_port(config.host, config.port)
+    if config.grpc_port:
+        _check_port("0.0.0.0", config.grpc_port, " (grpc_port; 0 does without gRPC)")
     ours = "RAY_ADDRESS" not in os.environ
     _stop_on_signals(stop)
     ray.init(
@@ -70,7 +73,9 @@ def served(config: Config, stop: threading.Event) -> Iterator[str]:
         _go_on(stop)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         where = "HeadOnly" if ours else "EveryNode"
-        serve.start(where, {"host": config.host, "port": config.port}, logging_config=quiet)
+        services = ["router.grpc_proxy.add_services"]
+        grpc = gRPCOptions(port=config.grpc_port, grpc_servicer_functions=services) if config.grpc_port else None
+        serve.start(where, {"host": config.host, "port": config.port}, grpc_options=grpc, logging_config=quiet)
         _go_on(stop)
         serve.run(application(config, scheduler, secret), name=APPLICATION, route_prefix="/", logging_config=quiet)
         host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
@@ -125,14 +130,14 @@ def _go_on(stop: threading.Event) -> None:
         raise KeyboardInterrupt
 
 
-def _check_port(host: str, port: int) -> None:
+def _check_port(host: str, port: int, hint: str = "") -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+            raise ConfigError(f"cannot listen on {host} port {port}{hint}: {error.strerror}") from None
 
 
 def _free_port() -> int:

@@ -3,9 +3,9 @@ Serve, whose proxy answers reflection itself."""
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2
@@ -38,6 +38,9 @@ _CODES = {
 }
 
 
+_Answer = TypeVar("_Answer")
+
+
 class Context(Protocol):
     """What a refusal needs of a call's context; Serve's has it."""
 
@@ -51,19 +54,38 @@ class Refused(Exception):
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
         super().__init__(code, details)
-        self.code = code
-        self.details = details
+        self._code = code
+        self._details = details
+
+    def tell(self, context: Context) -> None:
+        """Make it the call's status."""
+        context.set_code(self._code)
+        context.set_details(self._details)
 
 
-@contextmanager
-def telling(context: Context) -> Iterator[None]:
-    """What is refused inside is the call's status. Serve sends that of a method that raises."""
+async def answered(answer: Awaitable[_Answer], empty: type[_Answer], context: Context) -> _Answer:
+    """The answer to a call; or, with the refusal as the call's status, an empty one, which is not sent.
+
+    Serve logs whatever a method raises as a failure of the server, with two tracebacks: so nothing is raised.
+    """
     try:
-        yield
+        return await answer
     except Refused as refusal:
-        context.set_code(refusal.code)
-        context.set_details(refusal.details)
-        raise
+        refusal.tell(context)
+        return empty()
+
+
+async def streamed(
+    messages: AsyncGenerator[_Answer, None], empty: type[_Answer], context: Context
+) -> AsyncGenerator[_Answer, None]:
+    """As answered(), of a stream. Serve takes the status from the context as it was with the last message: an empty one is sent."""
+    async with aclosing(messages):
+        try:
+            async for message in messages:
+                yield message
+        except Refused as refusal:
+            refusal.tell(context)
+            yield empty()
 
 
 class InferenceService:

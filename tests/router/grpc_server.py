@@ -2,15 +2,15 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from router.grpc_service import HealthService, InferenceService, Refused
+from router import inference_pb2 as pb
+from router.grpc_service import HealthService, InferenceService, answered, streamed
 from router.inference_pb2_grpc import add_InferenceServicer_to_server
 from router.metrics import RouterMetrics
 from router.prepare import ServedModel
@@ -21,26 +21,44 @@ PATIENCE_S = 10.0
 """How long a test waits for what should come at once."""
 
 
-def _unary(answer: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    async def method(request: Any, context: Any) -> Any:
-        try:
-            return await answer(request, context)
-        except Refused as refusal:
-            await context.abort(refusal.code, refusal.details)
+class _Inference:
+    """As router/app.py, and with the deadline, which Serve does not tell."""
 
-    return method
+    def __init__(self, service: InferenceService) -> None:
+        self._service = service
+
+    async def Generate(self, request: Any, context: Any) -> Any:
+        responses = streamed(self._service.generate(request, context.time_remaining()), pb.GenerateResponse, context)
+        async with aclosing(responses):
+            async for response in responses:
+                yield response
+
+    async def Complete(self, request: Any, context: Any) -> Any:
+        return await answered(self._service.complete(request, context.time_remaining()), pb.CompleteResponse, context)
+
+    async def Tokenize(self, request: Any, context: Any) -> Any:
+        return await answered(self._service.tokenize(request), pb.TokenizeResponse, context)
+
+    async def ListModels(self, request: Any, context: Any) -> Any:
+        return await self._service.list_models()
+
+    async def ClusterStatus(self, request: Any, context: Any) -> Any:
+        return await answered(self._service.cluster_status(), pb.ClusterStatusResponse, context)
 
 
-def _stream(answer: Callable[[Any, Any], AsyncGenerator[Any, None]]) -> Callable[[Any, Any], Any]:
-    async def method(request: Any, context: Any) -> Any:
-        try:
-            async with aclosing(answer(request, context)) as messages:
-                async for message in messages:
-                    yield message
-        except Refused as refusal:
-            await context.abort(refusal.code, refusal.details)
+class _Health:
+    def __init__(self, service: HealthService) -> None:
+        self._service = service
 
-    return method
+    async def Check(self, request: Any, context: Any) -> Any:
+        return await answered(self._service.check(request), health_pb2.HealthCheckResponse, context)
+
+    async def List(self, request: Any, context: Any) -> Any:
+        return await self._service.list()
+
+    async def Watch(self, request: Any, context: Any) -> Any:
+        async for response in self._service.watch(request):
+            yield response
 
 
 class GrpcApi:
@@ -52,18 +70,8 @@ class GrpcApi:
             InferenceService(self.generator, tokenizer, served, RouterMetrics()),
             HealthService(self.generator, served),
         )
-        self._inference = SimpleNamespace(
-            Generate=_stream(lambda request, context: service.generate(request, context.time_remaining())),
-            Complete=_unary(lambda request, context: service.complete(request, context.time_remaining())),
-            Tokenize=_unary(lambda request, _: service.tokenize(request)),
-            ListModels=_unary(lambda *_: service.list_models()),
-            ClusterStatus=_unary(lambda *_: service.cluster_status()),
-        )
-        self._health = SimpleNamespace(
-            Check=_unary(lambda request, _: health.check(request)),
-            List=_unary(lambda *_: health.list()),
-            Watch=_stream(lambda request, _: health.watch(request)),
-        )
+        self._inference = _Inference(service)
+        self._health = _Health(health)
         self._listening = threading.Event()
         self._stopped = threading.Event()
         self.target = ""

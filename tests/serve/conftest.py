@@ -18,6 +18,7 @@ import openai
 import pytest
 
 from cluster.model import DEMO_MODEL
+from router.client import Client
 
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60
@@ -25,11 +26,12 @@ MARK = "RAYLINE_TEST_SERVER"
 """Environment variable that all processes of a server inherit: its port."""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_ports() -> tuple[int, int]:
+    """Two of them, on all addresses."""
+    with socket.socket() as first, socket.socket() as second:
+        for probe in (first, second):
+            probe.bind(("0.0.0.0", 0))
+        return first.getsockname()[1], second.getsockname()[1]
 
 
 @dataclass
@@ -39,6 +41,7 @@ class Server:
     process: "subprocess.Popen[bytes]"
     url: str
     log: Path
+    grpc_port: int
 
     def __post_init__(self) -> None:
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
@@ -46,6 +49,10 @@ class Server:
     def async_client(self) -> openai.AsyncOpenAI:
         """To be closed by the caller."""
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def grpc_client(self) -> Client:
+        """To be closed by the caller."""
+        return Client(f"127.0.0.1:{self.grpc_port}", timeout_s=120)
 
     def request(self, path: str, body: bytes | None = None) -> tuple[int, dict[str, str], bytes]:
         """(status, headers, body) of a GET, or of a POST of JSON."""
@@ -101,12 +108,13 @@ class Server:
 
 def start_server(log: Path, *options: str) -> Server:
     """`rayline serve` with `options`, ready to answer."""
-    port = free_port()
-    command = [sys.executable, "-m", "cluster.cli", "serve", *options, "--host", "127.0.0.1", "--port", str(port)]
+    port, grpc_port = free_ports()
+    command = [sys.executable, "-m", "cluster.cli", "serve", *options, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--grpc-port", str(grpc_port)]
     with log.open("wb") as output:
         mark = {**os.environ, MARK: str(port)}
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=mark)
-    server = Server(process, f"http://127.0.0.1:{port}", log)
+    server = Server(process, f"http://127.0.0.1:{port}", log, grpc_port)
     end = time.monotonic() + START_TIMEOUT_S
     while True:
         assert process.poll() is None, log.read_text()
