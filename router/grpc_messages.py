@@ -17,8 +17,9 @@ from router.run import Run
 from router.schemas import ChatRequest, CompletionRequest, TokenizeRequest, check
 from router.vocabulary import Vocabulary
 
-MAX_DETAILS = 500
-"""Characters of a status' details. They travel in a header, percent-encoded: at most 12 bytes a character, of 8 KiB."""
+MAX_DETAILS = 250
+"""Characters of a status' details. They travel in headers of 8 KiB together: percent-encoded, at most 12 bytes a character, and
+twice in base 64, at most 11."""
 
 _FINISHES = {None: pb.FINISH_REASON_UNSPECIFIED, "stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 _FIELDS = {"top_logprobs": "logprobs"}
@@ -51,13 +52,14 @@ def timeout_of(message: pb.GenerationRequest, remaining_s: float | None, most_s:
     return max(0.0, min(asked, most_s, math.inf if remaining_s is None else remaining_s))
 
 
-def details_of(error: ApiError) -> str:
-    """What a status says: the field to blame, a colon and what is wrong with it; or only the latter."""
-    text = str(error)
-    if error.param is not None:
-        reason = text.removeprefix(f"'{error.param}'").removeprefix(":").lstrip()
-        text = f"{_FIELDS.get(error.param, error.param)}: {reason}"
-    return text if len(text) <= MAX_DETAILS else f"{text[: MAX_DETAILS - 4]} ..."
+def blamed(error: ApiError) -> tuple[str | None, str]:
+    """The field to blame, and a status' details: that field, a colon and what is wrong with it; or only the latter."""
+    field, text = error.param, str(error)
+    if field is not None:
+        reason = text.removeprefix(f"'{field}'").removeprefix(":").lstrip()
+        field = _FIELDS.get(field, field)
+        text = f"{field}: {reason}"
+    return field, text if len(text) <= MAX_DETAILS else f"{text[: MAX_DETAILS - 4]} ..."
 
 
 def _given(message: pb.GenerationRequest | pb.TokenizeRequest) -> dict[str, Any]:

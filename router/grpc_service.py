@@ -8,12 +8,13 @@ from contextlib import aclosing, contextmanager
 from typing import Protocol, TypeVar
 
 import grpc
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 
 from router import inference_pb2 as pb
 from router.errors import ApiError, as_api_error
 from router.generation import Generator
-from router.grpc_messages import Writer, details_of, generation_request, model_of, status_of, timeout_of, tokenize_request, usage_of
+from router.grpc_messages import Writer, blamed, generation_request, model_of, status_of, timeout_of, tokenize_request, usage_of
 from router.metrics import RouterMetrics
 from router.offload import offloaded
 from router.overview import Overview
@@ -48,19 +49,27 @@ class Context(Protocol):
 
     def set_details(self, details: str) -> None: ...
 
+    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, bytes]]) -> None: ...
+
 
 class Refused(Exception):
     """Ends a call with a status other than OK."""
 
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
-        super().__init__(code, details)
-        self._code = code
-        self._details = details
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(str(error))
+        self._error = error
 
     def tell(self, context: Context) -> None:
-        """Make it the call's status."""
-        context.set_code(self._code)
-        context.set_details(self._details)
+        """Make it the call's status. A field to blame is named in the details and, for programs, as a google.rpc.BadRequest."""
+        code = _CODES.get(self._error.status, grpc.StatusCode.INTERNAL)
+        field, details = blamed(self._error)
+        context.set_code(code)
+        context.set_details(details)
+        if field is not None:
+            status = status_pb2.Status(code=code.value[0], message=details)
+            violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=details)
+            status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+            context.set_trailing_metadata([("grpc-status-details-bin", status.SerializeToString())])
 
 
 async def answered(answer: Awaitable[_Answer], empty: type[_Answer], context: Context) -> _Answer:
@@ -199,8 +208,7 @@ def _refusing(size_param: str = "prompt") -> Iterator[None]:
     try:
         yield
     except Exception as failure:
-        error = as_api_error(failure, size_param)
-        raise Refused(_CODES.get(error.status, grpc.StatusCode.INTERNAL), details_of(error)) from None
+        raise Refused(as_api_error(failure, size_param)) from None
 
 
 def _check_size(request: pb.GenerationRequest | pb.TokenizeRequest) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,15 @@ def model(tmp_path: Path) -> Path:
 )
 def test_what_cannot_be_is_said_in_one_line(words: list[str], why: str) -> None:
     assert why in refused("serve", *words)
+
+
+def test_a_taken_port_is_named(model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = refused("serve", str(model), "--host", "127.0.0.1", "--port", "0", "--grpc-port", str(port))
+    assert f"port {port} (grpc_port; 0 does without gRPC)" in line
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.protocol import TokenLogprobs
@@ -239,6 +240,16 @@ def test_what_the_cluster_refuses(
         with pytest.raises(RaylineError) as caught:
             next(events)
         assert caught.value.code == code
+
+
+def test_the_field_is_also_told_to_programs(tokenizer: Tokenizer, served: ServedModel) -> None:
+    with client_of(GrpcApi(tokenizer, served)) as client, pytest.raises(grpc.RpcError) as caught:
+        client._stub.Complete(pb.GenerationRequest(text="x", top_p=2.0))
+    error: Any = caught.value
+    status = status_pb2.Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
+    assert (status.code, status.message) == (grpc.StatusCode.INVALID_ARGUMENT.value[0], error.details())
+    told = error_details_pb2.BadRequest.FromString(status.details[0].value)
+    assert [violation.field for violation in told.field_violations] == ["top_p"]
 
 
 def test_too_large_a_request(tokenizer: Tokenizer, served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:

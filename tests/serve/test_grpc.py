@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import descriptor_pb2
+from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -17,6 +18,12 @@ from tests.serve.conftest import Server
 pytestmark = pytest.mark.serve
 PROMPT = "def read_file(path):\n"
 PATIENCE_S = 30.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def log_start(server: Server) -> int:
+    """How long the server's log was before these tests."""
+    return len(server.log.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +164,16 @@ def test_reflection(channel: grpc.Channel) -> None:
     assert methods == {"Generate", "Complete", "Tokenize", "ListModels", "ClusterStatus"}
 
 
-def test_nothing_of_this_is_a_failure_of_the_server(server: Server) -> None:
+def test_a_bad_field_is_also_told_to_programs(client: Client) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        next(client._stub.Generate(inference_pb2.GenerationRequest(text="x", top_p=2.0)))
+    error: Any = caught.value
+    status = status_pb2.Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
+    assert (status.message, len(status.details)) == (error.details(), 1)
+
+
+def test_nothing_of_this_is_a_failure_of_the_server(server: Server, log_start: int) -> None:
     """Neither what was refused nor what was called off."""
-    assert "Traceback" not in server.log.read_text()
-    assert "never retrieved" not in server.log.read_text()
+    said = server.log.read_text()[log_start:]
+    assert "Traceback" not in said
+    assert "never retrieved" not in said
