@@ -1,5 +1,6 @@
 """One served demo model for all tests that need Ray: started by the command that users start it by, on a free port."""
 
+import contextlib
 import json
 import os
 import signal
@@ -26,12 +27,13 @@ MARK = "RAYLINE_TEST_SERVER"
 """Environment variable that all processes of a server inherit: its port."""
 
 
-def free_ports() -> tuple[int, int]:
-    """Two of them, on all addresses."""
-    with socket.socket() as first, socket.socket() as second:
-        for probe in (first, second):
+def free_ports(count: int) -> list[int]:
+    """So many different ones, free on all addresses."""
+    with contextlib.ExitStack() as probes:
+        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
             probe.bind(("0.0.0.0", 0))
-        return first.getsockname()[1], second.getsockname()[1]
+        return [probe.getsockname()[1] for probe in sockets]
 
 
 @dataclass
@@ -108,7 +110,7 @@ class Server:
 
 def start_server(log: Path, *options: str) -> Server:
     """`rayline serve` with `options`, ready to answer."""
-    port, grpc_port = free_ports()
+    port, grpc_port = free_ports(2)
     command = [sys.executable, "-m", "cluster.cli", "serve", *options, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--grpc-port", str(grpc_port)]
     with log.open("wb") as output:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.conftest import STOP_TIMEOUT_S, Server, free_port, start_server
+from tests.serve.conftest import STOP_TIMEOUT_S, Server, free_ports, start_server
 
 pytestmark = pytest.mark.serve
 
@@ -55,9 +55,10 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A plain `ray start --head`, without authentication; its address is in RAY_ADDRESS."""
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    address = f"127.0.0.1:{free_port()}"
-    words = ["--head", "--block", "--node-ip-address=127.0.0.1", f"--port={address.rsplit(':', 1)[1]}", "--include-dashboard=false"]
-    words += [f"--{name}={free_port()}" for name in ("ray-client-server-port", "dashboard-agent-listen-port")]
+    port, client_port, agent_port = free_ports(3)
+    address = f"127.0.0.1:{port}"
+    words = ["--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=false"]
+    words += [f"--ray-client-server-port={client_port}", f"--dashboard-agent-listen-port={agent_port}"]
     log = tmp_path / "ray"
     with log.open("wb") as output:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *words]
