@@ -166,7 +166,7 @@ def test_reflection(channel: grpc.Channel) -> None:
 
 def test_a_bad_field_is_also_told_to_programs(client: Client) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        next(client._stub.Generate(inference_pb2.GenerationRequest(text="x", top_p=2.0)))
+        list(client._stub.Generate(inference_pb2.GenerationRequest(text="x", top_p=2.0)))
     error: Any = caught.value
     status = status_pb2.Status.FromString(dict(error.trailing_metadata())["grpc-status-details-bin"])
     assert (status.message, len(status.details)) == (error.details(), 1)
