@@ -3,8 +3,8 @@
     python -m bench.hops [--stages 4] [--bytes 2048] [--messages 200] [--rounds 10] [--out DIR]
 
 Ours is what serves: each stage's intake thread passes the plan on before anything else is done with it, over encrypted mailboxes.
-The other side is the same chain of Ray actors, each of which calls the next one and waits for nobody. Both carry the same bytes, one
-plan at a time, in turn; all processes are on this machine and read one monotonic clock.
+The other side is the same chain of Ray actors, each of which calls the next one and waits for nobody. Both carry the same bytes,
+one plan at a time, in turn; all processes are on this machine and read one monotonic clock.
 """
 
 import multiprocessing
