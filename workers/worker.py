@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 class Worker:
     """One rank of one epoch of one engine."""
 
-    def __init__(self, config: Config, rank: int, epoch: int, engine: str) -> None:
+    def __init__(self, config: Config, rank: int, epoch: int, engine: str, store: str = "", secret: str = "") -> None:
         self._config, self._rank, self._epoch, self._engine = config, rank, epoch, engine
         logging.basicConfig(level=logging.INFO, format=f"[worker {rank}] %(levelname)s %(message)s")
 

@@ -40,7 +40,6 @@ def model(tmp_path: Path) -> Path:
         (["--no-such-option"], "--no-such-option"),
         (["--tp", "2"], "tp is 2"),
         (["--pp", "2"], "pp is 2"),
-        (["--engines", "2"], "engines is 2"),
         (["--dtype", "int3"], "int3"),
         (["--kv-memory", "much"], "much"),
         (["--max-num-seqs", "0"], "max_num_seqs is 0"),
