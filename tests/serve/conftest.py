@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import openai
 import pytest
 
 from cluster.model import DEMO_MODEL
+from tests.serve.nodes import Nodes
 
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60
@@ -30,6 +32,18 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def marked(mark: str) -> list[int]:
+    """Ids of all live processes that have NAME=VALUE in the environment they began with."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:
+            pass  # gone meanwhile, or somebody else's
+    return found
 
 
 @dataclass
@@ -82,15 +96,7 @@ class Server:
 
     def processes(self) -> list[int]:
         """Ids of all live processes that this server started, itself included."""
-        mark = f"{MARK}={self.url.rsplit(':', 1)[1]}".encode()
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-            except OSError:
-                pass  # gone meanwhile, or somebody else's
-        return found
+        return marked(f"{MARK}={urllib.parse.urlsplit(self.url).port}")
 
     def stop(self) -> int:
         """Ctrl-C, as a terminal sends it; the exit status."""
@@ -99,14 +105,18 @@ class Server:
         return self.process.wait(STOP_TIMEOUT_S)
 
 
-def start_server(log: Path, *options: str) -> Server:
-    """`rayline serve` with `options`, ready to answer."""
-    port = free_port()
+def start_server(log: Path, *options: str, nodes: Nodes | None = None, port: int = 0, prefix: str = "") -> Server:
+    """`rayline serve` with `options`, ready to answer. On a cluster of its own, or on `nodes`; at a free port, or at `port`."""
+    port = port or free_port()
     command = [sys.executable, "-m", "cluster.cli", "serve", *options, "--host", "127.0.0.1", "--port", str(port)]
+    mark = {**os.environ, MARK: str(port)}
+    if nodes is not None:
+        mark |= nodes.environment
+    if prefix:
+        command += ["--route-prefix", prefix]
     with log.open("wb") as output:
-        mark = {**os.environ, MARK: str(port)}
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=mark)
-    server = Server(process, f"http://127.0.0.1:{port}", log)
+    server = Server(process, f"http://127.0.0.1:{port}{prefix}", log)
     end = time.monotonic() + START_TIMEOUT_S
     while True:
         assert process.poll() is None, log.read_text()
@@ -128,3 +138,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield running
     if running.process.poll() is None:
         assert running.stop() == 0, log.read_text()
+
+
+@pytest.fixture(scope="session")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """A Ray cluster of three nodes with two CPUs each, all on this machine."""
+    with Nodes(tmp_path_factory.mktemp("nodes"), [2, 2, 2]) as running:
+        yield running

@@ -1,0 +1,164 @@
+"""A Ray cluster of several nodes on this machine, in a process of its own that is told what to do line by line.
+
+Run as a program it is that process: a JSON list [verb, argument ...] a line in, a JSON value a line out. It ends with its input.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+MARK = "RAYLINE_TEST_NODES"
+"""Environment variable that all processes of the cluster inherit."""
+
+
+class Nodes:
+    """Starts the cluster and speaks to its process."""
+
+    def __init__(self, directory: Path, cpus: Sequence[int]) -> None:
+        """One node for each number in `cpus`, the first being the head."""
+        self.mark = f"{MARK}={os.getpid()}-{directory.name}"
+        self.log = directory / "log"
+        name, _, value = self.mark.partition("=")
+        environment = {**os.environ, name: value, "RAY_AUTH_MODE": "disabled"}
+        environment.pop("RAY_ADDRESS", None)
+        with self.log.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.serve.nodes", *map(str, cpus)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment,
+                start_new_session=True,
+                text=True,
+            )
+        self.environment = {"RAY_ADDRESS": str(self._answer()), "RAY_AUTH_MODE": "disabled"}
+
+    def ask(self, verb: str, *arguments: Any) -> Any:
+        """Have the cluster's process do something; its answer. See Cluster below."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([verb, *arguments]) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def left(self) -> dict[str, list[str]]:
+        """Named actors, placement groups and workers that are there."""
+        found: dict[str, list[str]] = self.ask("left")
+        return found
+
+    def wait_until_left(self, wanted: dict[str, list[str]], timeout_s: float = 30.0) -> None:
+        """Until left() is `wanted`."""
+        end = time.monotonic() + timeout_s
+        while (found := self.left()) != wanted:
+            assert time.monotonic() < end, f"left are {found}, not {wanted}"
+            time.sleep(0.2)
+
+    def processes(self, title: str) -> list[int]:
+        """Ids of processes of the cluster whose title (Ray sets it to the actor's class) begins with `title`."""
+        from tests.serve.conftest import marked
+
+        found = []
+        for pid in marked(self.mark):
+            try:
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title.encode()):
+                    found.append(pid)
+            except OSError:
+                pass
+        return found
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, self.log.read_text()
+        return json.loads(line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+        self._process.stdout.close()
+
+
+class Cluster:
+    """The other side: each public method is a verb."""
+
+    def __init__(self, cpus: list[int]) -> None:
+        import ray
+        from ray.cluster_utils import Cluster as RayCluster
+
+        settings = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3, "health_check_timeout_ms": 1000}
+        head = {"num_cpus": cpus[0], "_system_config": settings, "include_dashboard": False}
+        self._cluster = RayCluster(initialize_head=True, head_node_args=head)
+        self._nodes = [self._cluster.add_node(num_cpus=number) for number in cpus[1:]]
+        self.address: str = self._cluster.address
+        ray.init(address=self.address, namespace="tests", logging_level="ERROR", log_to_driver=False)
+
+    def left(self) -> dict[str, list[str]]:
+        """What exists of ours: Serve's own actors and what has ended don't count."""
+        import ray
+        from ray.util.placement_group import placement_group_table
+
+        named = ray.util.list_named_actors(all_namespaces=True)
+        actors = [f"{actor['namespace']}/{actor['name']}" for actor in named if actor["namespace"] != "serve"]
+        groups = [group["name"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+        workers = [
+            str(actor["Pid"])
+            for actor in ray._private.state.actors().values()
+            if actor["ActorClassName"] == "Worker" and actor["State"] != "DEAD"
+        ]
+        return {"actors": sorted(actors), "groups": sorted(groups), "workers": sorted(workers)}
+
+    def deploy(self, name: str, args: dict[str, Any]) -> None:
+        """As `serve deploy` does with a YAML file's application of that name."""
+        from ray import serve
+
+        from router.app import build
+
+        serve.run(build(args), name=name, route_prefix=f"/{name}")
+
+    def delete(self, name: str) -> None:
+        """As `serve delete`."""
+        from ray import serve
+
+        serve.delete(name)
+
+    def add(self, cpus: int) -> int:
+        """Another node; its number."""
+        self._nodes.append(self._cluster.add_node(num_cpus=cpus))
+        return len(self._nodes) - 1
+
+    def remove(self, number: int) -> None:
+        """Let a node (not the head) die without a word."""
+        self._cluster.remove_node(self._nodes[number], allow_graceful=False)
+
+    def end(self) -> None:
+        """Of all nodes."""
+        import ray
+
+        ray.shutdown()
+        self._cluster.shutdown()
+
+
+def main() -> None:
+    """The program. What libraries print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    cluster = Cluster([int(word) for word in sys.argv[1:]])
+    print(json.dumps(cluster.address), file=answers, flush=True)
+    for line in sys.stdin:
+        verb, *arguments = json.loads(line)
+        print(json.dumps(getattr(cluster, verb)(*arguments)), file=answers, flush=True)
+    cluster.end()
+
+
+if __name__ == "__main__":
+    main()
