@@ -20,8 +20,9 @@ MARK = "RAYLINE_TEST_NODES"
 class Nodes:
     """Starts the cluster and speaks to its process."""
 
-    def __init__(self, directory: Path, cpus: Sequence[int]) -> None:
-        """One node for each number in `cpus`, the first being the head."""
+    def __init__(self, directory: Path, cpus: Sequence[int] = (), address: str = "", prefix: Sequence[str] = ()) -> None:
+        """One node for each number in `cpus`, the first being the head. Or a driver on the cluster at `address`, for the verbs that
+        ask only. `prefix`: of the command that starts the process."""
         self.mark = f"{MARK}={os.getpid()}-{directory.name}"
         self.log = directory / "log"
         name, _, value = self.mark.partition("=")
@@ -29,7 +30,7 @@ class Nodes:
         environment.pop("RAY_ADDRESS", None)
         with self.log.open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.serve.nodes", *map(str, cpus)],
+                [*prefix, sys.executable, "-m", "tests.serve.nodes", *([address] if address else map(str, cpus))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -88,19 +89,20 @@ class Nodes:
         self._process.stdout.close()
 
 
-class Cluster:
-    """The other side: each public method is a verb."""
+class Driver:
+    """The other side, on a cluster that runs: each public method is a verb."""
 
-    def __init__(self, cpus: list[int]) -> None:
+    def __init__(self, address: str) -> None:
         import ray
-        from ray.cluster_utils import Cluster as RayCluster
 
-        settings = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3, "health_check_timeout_ms": 1000}
-        head = {"num_cpus": cpus[0], "_system_config": settings, "include_dashboard": False}
-        self._cluster = RayCluster(initialize_head=True, head_node_args=head)
-        self._nodes = [self._cluster.add_node(num_cpus=number) for number in cpus[1:]]
-        self.address: str = self._cluster.address
-        ray.init(address=self.address, namespace="tests", logging_level="ERROR", log_to_driver=False)
+        self.address = address
+        ray.init(address=address, namespace="tests", logging_level="ERROR", log_to_driver=False)
+
+    def alive(self) -> list[str]:
+        """Addresses of the nodes."""
+        import ray
+
+        return [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
 
     def left(self) -> dict[str, list[str]]:
         """What exists of ours: Serve's own actors and what has ended don't count."""
@@ -131,6 +133,25 @@ class Cluster:
 
         serve.delete(name)
 
+    def end(self) -> None:
+        """Of the driver."""
+        import ray
+
+        ray.shutdown()
+
+
+class Cluster(Driver):
+    """The same on a cluster of its own."""
+
+    def __init__(self, cpus: list[int]) -> None:
+        from ray.cluster_utils import Cluster as RayCluster
+
+        settings = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3, "health_check_timeout_ms": 1000}
+        head = {"num_cpus": cpus[0], "_system_config": settings, "include_dashboard": False}
+        self._cluster = RayCluster(initialize_head=True, head_node_args=head)
+        self._nodes = [self._cluster.add_node(num_cpus=number) for number in cpus[1:]]
+        super().__init__(self._cluster.address)
+
     def add(self, cpus: int) -> int:
         """Another node; its number."""
         self._nodes.append(self._cluster.add_node(num_cpus=cpus))
@@ -142,9 +163,7 @@ class Cluster:
 
     def end(self) -> None:
         """Of all nodes."""
-        import ray
-
-        ray.shutdown()
+        super().end()
         self._cluster.shutdown()
 
 
@@ -152,7 +171,7 @@ def main() -> None:
     """The program. What libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    cluster = Cluster([int(word) for word in sys.argv[1:]])
+    cluster = Driver(sys.argv[1]) if ":" in sys.argv[1] else Cluster([int(word) for word in sys.argv[1:]])
     print(json.dumps(cluster.address), file=answers, flush=True)
     for line in sys.stdin:
         verb, *arguments = json.loads(line)
