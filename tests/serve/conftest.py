@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,31 +18,12 @@ import openai
 import pytest
 
 from cluster.model import DEMO_MODEL
-from tests.serve.nodes import Nodes
+from tests.serve.nodes import Nodes, free_port, marked
 
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60
 MARK = "RAYLINE_TEST_SERVER"
 """Environment variable that all processes of a server inherit: its port."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def marked(mark: str) -> list[int]:
-    """Ids of all live processes that have NAME=VALUE in the environment they began with."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-        except OSError:
-            pass  # gone meanwhile, or somebody else's
-    return found
 
 
 @dataclass

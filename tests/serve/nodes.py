@@ -5,6 +5,7 @@ Run as a program it is that process: a JSON list [verb, argument ...] a line in,
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,25 @@ from typing import Any, Self
 
 MARK = "RAYLINE_TEST_NODES"
 """Environment variable that all processes of the cluster inherit."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def marked(mark: str) -> list[int]:
+    """Ids of all live processes that have NAME=VALUE in the environment they began with."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:
+            pass  # gone meanwhile, or somebody else's
+    return found
 
 
 class Nodes:
@@ -61,8 +81,6 @@ class Nodes:
 
     def processes(self, title: str) -> list[int]:
         """Ids of processes of the cluster whose title (Ray sets it to the actor's class) begins with `title`."""
-        from tests.serve.conftest import marked
-
         found = []
         for pid in marked(self.mark):
             try:
@@ -102,7 +120,7 @@ class Driver:
         """Addresses of the nodes."""
         import ray
 
-        return [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
+        return sorted(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
 
     def left(self) -> dict[str, list[str]]:
         """What exists of ours: Serve's own actors and what has ended don't count."""
@@ -147,7 +165,7 @@ class Cluster(Driver):
         from ray.cluster_utils import Cluster as RayCluster
 
         settings = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3, "health_check_timeout_ms": 1000}
-        head = {"num_cpus": cpus[0], "_system_config": settings, "include_dashboard": False}
+        head = {"num_cpus": cpus[0], "port": free_port(), "_system_config": settings, "include_dashboard": False}
         self._cluster = RayCluster(initialize_head=True, head_node_args=head)
         self._nodes = [self._cluster.add_node(num_cpus=number) for number in cpus[1:]]
         super().__init__(self._cluster.address)
@@ -156,6 +174,14 @@ class Cluster(Driver):
         """Another node; its number."""
         self._nodes.append(self._cluster.add_node(num_cpus=cpus))
         return len(self._nodes) - 1
+
+    def on(self, number: int) -> list[str]:
+        """Classes of the actors that live on a node."""
+        import ray
+
+        node = self._nodes[number].node_id
+        actors = ray._private.state.actors().values()
+        return sorted(a["ActorClassName"] for a in actors if a["State"] == "ALIVE" and a["Address"]["NodeID"] == node)
 
     def remove(self, number: int) -> None:
         """Let a node (not the head) die without a word."""

@@ -3,6 +3,7 @@
 Needs root. Creates and removes namespaces of unique names, and ends only processes that it started.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -16,8 +17,7 @@ from pathlib import Path
 import pytest
 
 from cluster.model import DEMO_MODEL
-from tests.serve.conftest import marked
-from tests.serve.nodes import Nodes
+from tests.serve.nodes import Nodes, marked
 
 MARK = "RAYLINE_TEST_NETNS"
 HEAD, OTHER = "10.213.0.1", "10.213.0.2"
@@ -120,11 +120,14 @@ def net(tmp_path: Path) -> Iterator[Net]:
     finally:
         for process in reversed(started):
             process.terminate()
-        for process in started:
-            process.wait(30)
+        end = time.monotonic() + 10
+        while any(process.poll() is None for process in started) and time.monotonic() < end:
+            time.sleep(0.1)
         for pid in marked(f"{MARK}={os.getpid()}"):
-            if pid != os.getpid():
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        for process in started:
+            process.wait(10)
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
 
