@@ -165,7 +165,7 @@ class Cluster(Driver):
         from ray.cluster_utils import Cluster as RayCluster
 
         settings = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3, "health_check_timeout_ms": 1000}
-        head = {"num_cpus": cpus[0], "port": free_port(), "_system_config": settings, "include_dashboard": False}
+        head = {"num_cpus": cpus[0], "gcs_server_port": free_port(), "_system_config": settings, "include_dashboard": False}
         self._cluster = RayCluster(initialize_head=True, head_node_args=head)
         self._nodes = [self._cluster.add_node(num_cpus=number) for number in cpus[1:]]
         super().__init__(self._cluster.address)
