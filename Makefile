@@ -3,13 +3,15 @@
 # make chaos [ARGS="-k name ..."]                the slow tests of deaths: nodes, frozen processes, network namespaces (those as root)
 # make bench [ARGS="--trace FILE --model DIR"]   techniques against their baselines, tables, JSON and PNG in build/bench
 # make check                                     ruff, mypy --strict, import-linter
+# make grid                                      every family on every tp x pp, in process and over HTTP
+# make proto                                     the gRPC code in router/ anew, after a change of router/inference.proto
 # make fuzz                                      the property tests with new and many more examples
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell $(p) -c "print(1)" 2>/dev/null),$(p))))
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test chaos bench check fuzz clean
+.PHONY: serve test chaos bench check grid proto fuzz clean
 
 serve: $(VENV)/.serve
 	@exec $(VENV)/bin/rayline serve $(ARGS)
@@ -28,6 +30,12 @@ check: $(VENV)/.test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+grid: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -m grid $(ARGS)
+
+proto: $(VENV)/.test
+	$(VENV)/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. router/inference.proto
 
 fuzz: $(VENV)/.test
 	$(VENV)/bin/python -m pytest --hypothesis-profile=fuzz --timeout=3600 tests/cluster tests/kv tests/router $(ARGS)

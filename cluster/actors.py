@@ -31,18 +31,19 @@ log = logging.getLogger(__name__)
 class SchedulerActor:
     """The GlobalScheduler behind a mailbox."""
 
-    def __init__(self, config: Config, port: int, lease: str) -> None:
-        """`port`: the same over restarts, where it can be had. `lease`: Ray's namespace of the application."""
+    def __init__(self, config: Config, port: int, lease: str, secret: str) -> None:
+        """`port`: the same over restarts, where it can be had. `lease`: Ray's namespace of the application. `secret`: that of all
+        its mailboxes."""
         logging.basicConfig(level=logging.INFO, format="[scheduler] %(levelname)s %(message)s")
         host = ray.util.get_node_ip_address()
         try:
-            self._mailbox = Mailbox[SchedulerMessage](SchedulerMessage, host, port)
+            self._mailbox = Mailbox[SchedulerMessage](SchedulerMessage, host, port, secret)
         except zmq.ZMQError as error:  # restarted on another node, say: engines and routers look the new address up
             log.warning("port %d: %s; taking another one", port, error)
-            self._mailbox = Mailbox[SchedulerMessage](SchedulerMessage, host)
+            self._mailbox = Mailbox[SchedulerMessage](SchedulerMessage, host, secret=secret)
         settings = SchedulerConfig(max_queue=config.max_queue, placement=config.placement)
         self._scheduler = GlobalScheduler(settings, time.monotonic())
-        self._lease = lease
+        self._lease, self._secret = lease, secret
         self._stop = threading.Event()
         for name in named_actors(lease):
             if name != SCHEDULER:
@@ -52,6 +53,10 @@ class SchedulerActor:
     def address(self) -> str:
         """Of its mailbox."""
         return self._mailbox.address
+
+    def secret(self) -> str:
+        """Of the application's mailboxes: that of the scheduler that was created first."""
+        return self._secret
 
     def stop(self) -> None:
         """Have all routers end their requests and take no more."""
@@ -93,10 +98,11 @@ class SchedulerActor:
 class EngineActor:
     """An Engine behind a mailbox, and the owner of its workers and their placement group: they die with it."""
 
-    def __init__(self, config: Config, name: str, scheduler: str, lease: str) -> None:
-        """`scheduler`: its address as of now. `lease`: Ray's namespace of the application."""
+    def __init__(self, config: Config, name: str, scheduler: str, lease: str, secret: str) -> None:
+        """`scheduler`: its address as of now. `lease`: Ray's namespace of the application. `secret`: that of all its mailboxes."""
         logging.basicConfig(level=logging.INFO, format=f"[{name}] %(levelname)s %(message)s")
-        self._mailbox = Mailbox[EngineMessage](EngineMessage, ray.util.get_node_ip_address())
+        self._mailbox = Mailbox[EngineMessage](EngineMessage, ray.util.get_node_ip_address(), secret=secret)
+        self._secret = secret
         settings = EngineConfig(
             name=name,
             address=self._mailbox.address,
@@ -104,16 +110,21 @@ class EngineActor:
             batch=batch_settings(config, num_blocks=2, max_model_len=1),  # the workers will say how much they hold
             num_ranks=config.num_ranks,
             step_timeout_s=config.step_timeout_s,
+            worker_timeout_s=config.worker_timeout_s,
             load_timeout_s=config.load_timeout_s,
         )
         self._engine = Engine(settings, time.time_ns() // 1_000_000, time.monotonic())
-        self._fleet = Fleet(config, name, lease, self._mailbox.address)
+        self._fleet = Fleet(config, name, lease, self._mailbox.address, secret)
         self._finder = Finder(lease)
         _start(self._run, name)
 
     def address(self) -> str:
         """Of its mailbox."""
         return self._mailbox.address
+
+    def secret(self) -> str:
+        """Of its mailbox."""
+        return self._secret
 
     def _run(self) -> None:
         next_tick = 0.0
@@ -126,6 +137,7 @@ class EngineActor:
             if now >= next_tick:
                 next_tick = now + TICK_S
                 self._look_around(now)
+                self._engine.metrics.channel = self._mailbox.samples(self._engine.config.name)
                 self._engine.tick(now)
 
     def _carry_out(self) -> None:

@@ -4,10 +4,11 @@ import ast
 import dataclasses
 import inspect
 import os
+import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -63,7 +64,7 @@ def engine_options(command: Command) -> Command:
         default = "" if field.default is None else f"  [default: {field.default}]"
         option = f"--{field.name.replace('_', '-')}"
         choice = click.Choice(get_args(kind)) if get_origin(kind) is Literal else None
-        type_ = choice or (str if field.name == "kv_memory" else kind)
+        type_ = choice or (str if field.name in ("kv_memory", "stage_layers") else kind)
         command = click.option(option, field.name, type=type_, default=None, help=text + default)(command)
     command = click.option("--config", "config_file", type=click.Path(), help="YAML file with the same names.")(command)
     return click.argument("model", required=False)(command)
@@ -97,7 +98,7 @@ def cli() -> None:
 @cli.command()
 @engine_options
 def serve(model: str | None, config_file: str | None, **options: Any) -> None:
-    """Serve MODEL (a directory or hub id; default: the bundled demo) to OpenAI clients over HTTP."""
+    """Serve MODEL (a directory or hub id; default: the bundled demo) over HTTP (OpenAI's interface) and gRPC."""
     config = resolve(model, config_file, options)
     files = open_model(config.model, config.revision)
     from router.tokenizer import load
@@ -108,14 +109,27 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
     stop = threading.Event()
     began = time.monotonic()
     click.echo(f"starting {config.model_name} ...")
+    protect_ray(os.environ)
     from cluster.launch import served, wait_until_healthy
 
     with served(config, stop) as url:
         wait_until_healthy(url, config.load_timeout_s, stop)
         if not stop.is_set():
-            click.echo(f"serving {config.model_name} at {url}/v1 after {time.monotonic() - began:.1f} s (Ctrl-C to stop)")
+            over = f" and gRPC port {config.grpc_port}" if config.grpc_port else ""
+            click.echo(f"serving {config.model_name} at {url}/v1{over} after {time.monotonic() - began:.1f} s (Ctrl-C to stop)")
             stop.wait()
         click.echo("stopping ...")
+
+
+def protect_ray(environ: MutableMapping[str, str]) -> None:
+    """Let the Ray that is about to start in this process want a token that only its own processes know. Call before importing Ray.
+
+    What the user chose stays, and nothing is set where RAY_ADDRESS names a cluster: that one has its own mode.
+    """
+    if "RAY_ADDRESS" in environ or environ.setdefault("RAY_AUTH_MODE", "token") != "token":
+        return
+    if "RAY_AUTH_TOKEN_PATH" not in environ:
+        environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex())
 
 
 @cli.command()

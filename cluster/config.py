@@ -18,7 +18,7 @@ Batching = Literal["continuous", "static", "static-skip"]
 Reservation = Literal["paged", "max_tokens", "contiguous"]
 PlacementPolicy = Literal["least_loaded", "round_robin"]
 
-_EDGE = frozenset(("name", "route_prefix", "host", "port", "routers", "served_model_name", "request_timeout_s"))
+_EDGE = frozenset(("name", "route_prefix", "host", "port", "grpc_port", "routers", "served_model_name", "request_timeout_s"))
 """Settings that only routers and Serve work by."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -74,7 +74,11 @@ class Config:
     dtype: Dtype = "auto"
     device: Device = "auto"
     tp: int = 1
+    """Tensor parallelism: ranks that share every layer."""
     pp: int = 1
+    """Pipeline parallelism: stages of layers, and plans in flight."""
+    stage_layers: tuple[int, ...] | None = None
+    """Layers of each stage, written 7,7,6. Default: balanced by cost, the lm_head counted."""
     engines: int = 1
     """Copies of the model, each with its own workers."""
     routers: int = 1
@@ -85,6 +89,8 @@ class Config:
     """Path below which this application answers, for `rayline serve`."""
     host: str = "0.0.0.0"
     port: int = 8000
+    grpc_port: int = 9000
+    """Of the gRPC interface, on all addresses of the machine whatever host says; 0: none."""
     max_model_len: int | None = None
     """Default: what the model's config allows, cut to what the pool holds."""
     kv_memory: int | None = None
@@ -101,7 +107,9 @@ class Config:
     """Requests waiting for an engine, cluster-wide; the next one is answered 429."""
     request_timeout_s: float = 600.0
     step_timeout_s: float = 60.0
-    """A step without result for so long means the workers hang: the epoch ends."""
+    """A step without result for so long means the workers hang: the epoch ends. It bounds every exchange between ranks too."""
+    worker_timeout_s: float = 8.0
+    """A worker that has not answered for so long is taken for frozen, cut off or dead: the epoch ends."""
     load_timeout_s: float = 600.0
     attention: Literal["torch", "reference"] = "torch"
 
@@ -114,18 +122,21 @@ class Config:
         for name in ("max_model_len", "kv_memory", "threads"):
             if getattr(self, name) is not None:
                 _at_least_one(self, name)
-        for name in ("request_timeout_s", "step_timeout_s", "load_timeout_s"):
+        for name in ("request_timeout_s", "step_timeout_s", "worker_timeout_s", "load_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be above 0")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}, but ports go from 0 to 65535")
+        if self.stage_layers is not None and len(self.stage_layers) != self.pp:
+            raise ConfigError(f"stage_layers names {len(self.stage_layers)} stages, but pp is {self.pp}")
+        if not 0 <= self.grpc_port <= 65535:
+            raise ConfigError(f"grpc_port is {self.grpc_port}, but ports go from 0 to 65535")
+        if self.grpc_port == self.port != 0:
+            raise ConfigError(f"grpc_port and port are both {self.port}, but each needs a port of its own")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ConfigError(f"name is '{self.name}', but must be letters, digits, '.', '_' and '-'")
         if not re.fullmatch(r"/|(/[A-Za-z0-9._~-]+)+", self.route_prefix):
             raise ConfigError(f"route_prefix is '{self.route_prefix}', but must be / or begin and not end with it, as in /v2")
-        for name in ("tp", "pp"):
-            if getattr(self, name) > 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, but only 1 is supported so far")
 
     @property
     def model_name(self) -> str:
@@ -166,6 +177,18 @@ def parse_bytes(text: str | int) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
+def parse_counts(value: object) -> tuple[int, ...]:
+    """'7,7,6' or a list of numbers, each at least 1."""
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        counts = tuple(int(part) for part in parts)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise ConfigError(f"stage_layers is {value!r}, but must be numbers of at least 1, written 7,7,6")
+    return counts
+
+
 def batch_settings(config: Config, num_blocks: int, max_model_len: int) -> BatchConfig:
     """The Batcher's part of `config`, for a pool of `num_blocks` blocks and sequences of at most `max_model_len` tokens."""
     shared = {field.name for field in dataclasses.fields(BatchConfig)} & {field.name for field in dataclasses.fields(Config)}
@@ -176,6 +199,8 @@ def batch_settings(config: Config, num_blocks: int, max_model_len: int) -> Batch
 def _check(name: str, value: Any, hint: Any) -> Any:
     if name == "kv_memory" and isinstance(value, str):
         return parse_bytes(value)
+    if name == "stage_layers":
+        return parse_counts(value)
     allowed = [hint] if get_origin(hint) is Literal else [part for part in get_args(hint) or (hint,) if part is not type(None)]
     for part in allowed:
         if get_origin(part) is Literal:

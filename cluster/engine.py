@@ -31,6 +31,7 @@ from cluster.protocol import (
     RouterDown,
     RouterMessage,
     SchedulerMessage,
+    StageTimes,
     StepResult,
     Submit,
     TokenDelta,
@@ -85,6 +86,7 @@ class EngineConfig:
     batch: BatchConfig
     num_ranks: int = 1
     step_timeout_s: float = 60.0
+    worker_timeout_s: float = 8.0
     load_timeout_s: float = 600.0
     heartbeat_s: float = 1.0
     longest_backoff_s: float = 30.0
@@ -98,6 +100,10 @@ class Metrics:
     tokens_computed: int = 0
     preemptions: int = 0
     epochs: int = 0
+    stage_seconds: dict[int, float] = field(default_factory=dict)
+    """By stage: how long its leader computed."""
+    channel: list[MetricSample] = field(default_factory=list)
+    """Of its mailbox, which the process around it owns."""
 
     def samples(self, engine: str) -> list[MetricSample]:
         """As MetricSamples."""
@@ -107,6 +113,11 @@ class Metrics:
             MetricSample("rayline:computed_tokens_total", labels, float(self.tokens_computed)),
             MetricSample("vllm:num_preemptions_total", labels, float(self.preemptions)),
             MetricSample("rayline:engine_epochs_total", labels, float(self.epochs)),
+            *(
+                MetricSample("rayline:stage_compute_seconds_total", (*labels, ("stage", str(stage))), seconds)
+                for stage, seconds in sorted(self.stage_seconds.items())
+            ),
+            *self.channel,
         ]
 
 
@@ -120,9 +131,11 @@ class _Epoch:
     """When to start its workers, if that has not been done (back-off after a failure)."""
     ready: dict[int, WorkerReady] = field(default_factory=dict)
     batcher: Batcher | None = None
-    heard_at: float = 0.0
-    """Last sign of progress: a worker's answer, or the launch that ended an idle time."""
-    pinged_at: float | None = None
+    progress_at: float = 0.0
+    """Last sign of progress: a step's result, or the launch that ended an idle time."""
+    pinged_at: float = 0.0
+    heard_at: dict[int, float] = field(default_factory=dict)
+    """By rank, once all are ready: its last sign of life."""
     results: int = 0
     waiting: str = ""
     """Why its workers can't start yet, where something is missing."""
@@ -185,7 +198,10 @@ class Engine:
             case WorkerFailed() if message.epoch == self.epoch:
                 self._end_epoch(f"worker {message.rank} {LOAD_FAILED}: {message.reason}", now)
             case Pong() if message.epoch == self.epoch:
-                self._epoch.heard_at, self._epoch.pinged_at = now, None
+                self._epoch.heard_at[message.rank] = now
+            case StageTimes() if message.epoch == self.epoch:
+                spent, known = sum(time.end - time.start for time in message.times), self.metrics.stage_seconds
+                known[message.stage] = known.get(message.stage, 0.0) + spent
             case _:
                 pass
         self._pump(now)
@@ -213,8 +229,8 @@ class Engine:
         epoch = self._epoch
         gap, self._ticked_at = now - self._ticked_at, now
         if gap > _STALLED_S:  # it was this process that stood still: nobody else had a chance to be heard
-            epoch.began_at, epoch.heard_at = epoch.began_at + gap, epoch.heard_at + gap
-            epoch.pinged_at = None
+            epoch.began_at, epoch.progress_at = epoch.began_at + gap, epoch.progress_at + gap
+            epoch.heard_at = {rank: heard + gap for rank, heard in epoch.heard_at.items()}
         if epoch.start_at is not None and now >= epoch.start_at:
             epoch.start_at, epoch.began_at = None, now
             self.metrics.epochs += 1
@@ -226,21 +242,22 @@ class Engine:
         self._pump(now)
 
     def _watch(self, epoch: _Epoch, now: float) -> None:
-        """The watchdog: on progress, not on whether a process still exists."""
+        """The watchdog: on signs of life and on progress, not on whether a process still exists."""
         config = self.config
         if epoch.batcher is None:
             if now - epoch.began_at > config.load_timeout_s:
                 waiting = f": {epoch.waiting}" if epoch.waiting else ""
                 self._end_epoch(f"workers not ready after {config.load_timeout_s:.0f} s{waiting}", now)
-        elif epoch.batcher.in_flight:
-            if now - epoch.heard_at > config.step_timeout_s:
-                self._end_epoch(f"a step without result for {config.step_timeout_s:.0f} s", now)
-        elif epoch.pinged_at is not None:
-            if now - epoch.pinged_at > config.step_timeout_s:
-                self._end_epoch(f"no answer from an idle worker for {config.step_timeout_s:.0f} s", now)
-        elif now - epoch.heard_at > config.step_timeout_s / 4:
+            return
+        silent = [rank for rank, heard in epoch.heard_at.items() if now - heard > config.worker_timeout_s]
+        if silent:
+            self._end_epoch(f"no sign of life from worker {silent[0]} for {config.worker_timeout_s:.0f} s", now)
+        elif epoch.batcher.in_flight and now - epoch.progress_at > config.step_timeout_s:
+            self._end_epoch(f"a step without result for {config.step_timeout_s:.0f} s", now)
+        elif now - epoch.pinged_at > config.worker_timeout_s / 4:
             epoch.pinged_at = now
-            self._send(epoch.ready[0].address, Ping(epoch.number))
+            for rank in epoch.ready:
+                self._send(epoch.ready[rank].address, Ping(epoch.number))
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -305,7 +322,7 @@ class Engine:
             if plan is None:
                 break
             if idle:
-                epoch.heard_at, epoch.pinged_at = now, None
+                epoch.progress_at = now
             self.metrics.steps += 1
             self.metrics.tokens_computed += sum(chunk.num_tokens for chunk in plan.chunks)
             self._send(epoch.ready[0].address, plan)
@@ -322,7 +339,7 @@ class Engine:
             self._end_epoch(f"step {result.step}: not the result that was expected", now)
             return
         deltas = batcher.update(result)
-        self._epoch.heard_at = now
+        self._epoch.progress_at = now
         self._epoch.results += 1
         if self._epoch.results == _SETTLED_RESULTS:
             self._failures = 0
@@ -346,7 +363,6 @@ class Engine:
         if message.epoch != epoch.number or epoch.start_at is not None:
             return
         epoch.ready[message.rank] = message
-        epoch.heard_at = now
         if len(epoch.ready) < self.config.num_ranks or epoch.batcher is not None:
             return
         num_blocks = min(r.num_blocks for r in epoch.ready.values())
@@ -357,6 +373,7 @@ class Engine:
             self._end_epoch(f"workers can't serve: {error}", now)
             return
         epoch.batcher = Batcher(batch, KVManager(batch), epoch.number)
+        epoch.heard_at = dict.fromkeys(epoch.ready, now)
         self._reason = ""
         self._news = True
 

@@ -23,6 +23,7 @@ from cluster.bundles import Bundles, Node, bundles_for, missing, resource_of, wi
 from cluster.config import Config
 from cluster.nodes import alive_nodes, cores_of, free_resources
 from cluster.processes import Process, ended, this_process
+from parallel.rendezvous import StoreServer
 
 CONFIRM_S = 15.0
 """How long the next epoch waits for an old process that does not go. Ray itself takes 5 s for a frozen one."""
@@ -74,13 +75,14 @@ class _Crew:
 class Fleet:
     """The workers of one engine. start() and kill() return at once; poll() tells what happened since."""
 
-    def __init__(self, config: Config, engine: str, application: str, address: str) -> None:
-        """`application`: its namespace, which begins the names of its placement groups. `address`: of the engine's mailbox."""
+    def __init__(self, config: Config, engine: str, application: str, address: str, secret: str) -> None:
+        """`application`: its namespace, which begins the names of its placement groups. `address`, `secret`: of the engine's
+        mailbox."""
         self._config = config
         self._name = f"{application}/{engine}"
         self._application = application
-        self._address = address
-        self._store: Any = None
+        self._address, self._secret = address, secret
+        self._store = StoreServer(ray.util.get_node_ip_address()) if config.num_ranks > 1 else None
         self._crew: _Crew | None = None
         self._commands: queue.SimpleQueue[int | str] = queue.SimpleQueue()
         """Epochs to start, and reasons to kill."""
@@ -129,10 +131,6 @@ class Fleet:
             log.warning("no node has %d %s: tensor-parallel peers are spread over nodes", self._config.tp, bundles.resource)
         group = placement_group(bundles.requests, strategy=bundles.strategy, name=f"{self._name}-{epoch}")
         self._crew = _Crew(epoch, bundles, group, time.monotonic())
-        if self._config.num_ranks > 1 and self._store is None:
-            from parallel.rendezvous import StoreServer
-
-            self._store = StoreServer(ray.util.get_node_ip_address())
         self._look()
 
     def _look(self) -> None:
@@ -181,7 +179,9 @@ class Fleet:
             options["num_gpus" if crew.bundles.resource == "GPU" else "num_cpus"] = crew.bundles.per_rank
             strategy = PlacementGroupSchedulingStrategy(crew.group, placement_group_bundle_index=index)
             actor: Any = ray.remote(**options)(Worker)
-            worker = actor.options(scheduling_strategy=strategy).remote(config, rank, crew.epoch, self._address, store, "")
+            worker = actor.options(scheduling_strategy=strategy).remote(
+                config, rank, crew.epoch, self._address, store, self._secret
+            )
             crew.workers.append(worker)
             crew.asked[worker.__ray_call__.remote(_process_of)] = rank
             crew.runs[worker.run.remote()] = rank

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import gRPCOptions
 from ray.serve.schema import LoggingConfig
 
 from cluster.actors import end_actors
@@ -32,15 +33,15 @@ _STOP_TIMEOUT_S = 60.0
 
 @contextmanager
 def served(config: Config, stop: threading.Event) -> Iterator[str]:
-    """Serve `config.model` over HTTP for as long as the context lasts; yields the base URL. SIGINT and SIGTERM set `stop`.
+    """Serve `config.model` over HTTP and gRPC while the context lasts; yields HTTP's base URL. SIGINT and SIGTERM set `stop`.
 
-    Uses the Ray cluster that RAY_ADDRESS names, and its Serve proxies if they run, else starts one on this machine.
-    Raises ConfigError where the port is taken, or the name or route prefix by another application of that cluster.
+    Uses the Ray cluster that RAY_ADDRESS names, and its Serve proxies if they run, else starts one on this machine (authenticated as
+    protect_ray() says, if it was called before Ray was imported). Raises ConfigError where a port is taken, or the name or route
+    prefix by another application of that cluster.
     """
     ours = "RAY_ADDRESS" not in os.environ
     if ours:
-        _check_port(config.host, config.port)
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if ours else "token")
+        _check_ports(config)
     _stop_on_signals(stop)
     lease = namespace_of(config.name, config)
     ray.init(
@@ -55,7 +56,7 @@ def served(config: Config, stop: threading.Event) -> Iterator[str]:
     deployed = False
     try:
         if not ours and not found_serve:
-            _check_port(config.host, config.port)
+            _check_ports(config)
         _check_name(config, lease)
         from router.app import application
 
@@ -64,8 +65,10 @@ def served(config: Config, stop: threading.Event) -> Iterator[str]:
         _go_on(stop)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         where = "HeadOnly" if ours else "EveryNode"
+        services = ["router.grpc_proxy.add_services"]
+        grpc = gRPCOptions(port=config.grpc_port, grpc_servicer_functions=services) if config.grpc_port else None
         if not found_serve:
-            serve.start(where, {"host": config.host, "port": config.port}, logging_config=quiet)
+            serve.start(where, {"host": config.host, "port": config.port}, grpc_options=grpc, logging_config=quiet)
         _go_on(stop)
         try:
             serve.run(application(config), name=config.name, route_prefix=config.route_prefix, logging_config=quiet)
@@ -173,11 +176,17 @@ def _go_on(stop: threading.Event) -> None:
         raise KeyboardInterrupt
 
 
-def _check_port(host: str, port: int) -> None:
+def _check_ports(config: Config) -> None:
+    _check_port(config.host, config.port)
+    if config.grpc_port:
+        _check_port("0.0.0.0", config.grpc_port, " (grpc_port; 0 does without gRPC)")
+
+
+def _check_port(host: str, port: int, hint: str = "") -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+            raise ConfigError(f"cannot listen on {host} port {port}{hint}: {error.strerror}") from None

@@ -17,7 +17,8 @@ from kv.manager import KVManager
 from router.choice import Choice, Reading
 from router.generation import ChoiceDelta
 from router.tokenizer import Tokenizer, load
-from workers.runner import ModelRunner, load_runner
+from workers.local import LocalRanks
+from workers.runner import ModelRunner
 
 Prompt = str | Sequence[int]
 """Text or token ids."""
@@ -69,10 +70,15 @@ class LLM:
         self._eos = files.eos_token_ids
         self.vocab_size = files.shape.vocab_size
         self.tokenizer: Tokenizer = load(files.path)
-        self.runner: ModelRunner = load_runner(files, self.config, progress=progress)
-        batch = batch_settings(self.config, self.runner.num_blocks, self.runner.max_model_len)
+        self.ranks = LocalRanks(files, self.config, progress=progress)
+        batch = batch_settings(self.config, self.ranks.num_blocks, self.ranks.max_model_len)
         self.batcher = Batcher(batch, KVManager(batch))
         self._requests = 0
+
+    @property
+    def runner(self) -> ModelRunner:
+        """The model runner; of a divided model that of rank 0."""
+        return self.ranks.runners[0]
 
     def generate(
         self,
@@ -159,15 +165,16 @@ class _Run:
 
     def steps(self) -> Iterator[Progress]:
         """Run iterations until all is done. Leaves nothing in the engine, however it ends."""
-        batcher, runner = self._llm.batcher, self._llm.runner
+        batcher, ranks = self._llm.batcher, self._llm.ranks
         now = time.monotonic()
         for request in self._requests:
             batcher.add(request, now)
         try:
             while self._choices:
-                plan = batcher.schedule(time.monotonic())
-                assert plan is not None, "requests wait, but nothing can run"
-                for delta in batcher.update(runner.execute(plan)):
+                while len(batcher.in_flight) < batcher.config.pp and (plan := batcher.schedule(time.monotonic())) is not None:
+                    ranks.launch(plan)
+                assert batcher.in_flight, "requests wait, but nothing can run"
+                for delta in batcher.update(ranks.collect()):
                     choice_delta = ChoiceDelta(
                         delta.choice, delta.tokens, delta.logprobs, delta.finish, prompt_logprobs=delta.prompt_logprobs
                     )
@@ -177,6 +184,8 @@ class _Run:
         finally:
             for id, choice in list(self._choices):
                 batcher.cancel(id, [choice])
+            while batcher.in_flight and ranks.usable:
+                batcher.update(ranks.collect())
 
     def _feed(self, request: str, delta: ChoiceDelta) -> tuple[int, str]:
         number, reader = self._choices[request, delta.choice]

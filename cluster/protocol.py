@@ -411,19 +411,36 @@ class WorkerFailed(Wire, tag=True, kw_only=True):
 
 
 class Ping(Wire, tag=True):
-    """Engine -> worker, when idle: prove that you live."""
+    """Engine -> each worker, every few seconds: prove that you live, and know that I do."""
 
     epoch: int
 
 
 class Pong(Wire, tag=True):
-    """Worker -> engine."""
+    """Worker -> engine, also while it computes."""
 
     epoch: int
     rank: int
 
 
+class StageTime(Wire):
+    """One plan in one stage, from when its input was there to when its output was handed over. Unix times in seconds."""
+
+    step: int
+    start: float
+    end: float
+    num_tokens: int
+
+
+class StageTimes(Wire, tag=True):
+    """Leader of a stage -> engine, about once a second: when it computed since the last such message."""
+
+    epoch: int
+    stage: int
+    times: list[StageTime]
+
+
 RouterMessage = Deltas | Released | Rejected | Placement | Refusal | EngineDown | PlaceAgain | Stop | ClusterStatus
 SchedulerMessage = Place | Withdraw | RouterHello | EngineReport
-EngineMessage = Submit | Cancel | RouterDown | EngineDown | StepResult | WorkerReady | WorkerFailed | Pong
+EngineMessage = Submit | Cancel | RouterDown | EngineDown | StepResult | WorkerReady | WorkerFailed | Pong | StageTimes
 WorkerMessage = StepPlan | Ping

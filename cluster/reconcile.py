@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import secrets
 import socket
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.actors import EngineActor, SchedulerActor
 from cluster.bundles import resource_of
 from cluster.config import Config, ConfigError
-from cluster.finder import SCHEDULER, find_actor
+from cluster.finder import SCHEDULER, find_actor, named_actors
 from cluster.nodes import alive_nodes, has_gpus
 
 _ACTOR_TIMEOUT_S = 60.0
@@ -28,21 +29,22 @@ def namespace_of(application: str, config: Config) -> str:
     return f"{application}-{config.digest}"
 
 
-def ensure_cluster(config: Config, application: str) -> str:
-    """Find the application's scheduler and engines, or start them; returns the scheduler's address.
+def ensure_cluster(config: Config, application: str, secret: str = "") -> tuple[str, str]:
+    """Find the application's scheduler and engines, or start them; returns the scheduler's address and the mailboxes' secret.
 
-    May be called by many processes at once. Does not wait for engines to load: until one has, requests queue and /health says 503.
+    `secret`: the one to use where a scheduler has to be made, for a caller that has a mailbox already. May be called by many processes at once. Does not wait for engines to load: until one has, requests queue and /health says 503.
     Raises ConfigError where the model is missing on a node that could run it.
     """
     lease = namespace_of(application, config)
     resolved = on_device(config)
     if find_actor(SCHEDULER, lease) is None:
         check_model(resolved)
-    address = _scheduler_address(resolved, lease)
+        secret = _secret_of_engines(lease) or secret
+    address, secret = _scheduler(resolved, lease, secret or secrets.token_hex())
     for number in range(config.engines):
         name = f"engine-{number}"
-        ray.remote(EngineActor).options(name=name, **_always(lease)).remote(resolved, name, address, lease)
-    return address
+        ray.remote(EngineActor).options(name=name, **_always(lease)).remote(resolved, name, address, lease, secret)
+    return address, secret
 
 
 def _always(lease: str) -> dict[str, Any]:
@@ -50,12 +52,25 @@ def _always(lease: str) -> dict[str, Any]:
     return {"num_cpus": 0, "namespace": lease, "lifetime": "detached", "get_if_exists": True, "max_restarts": -1}
 
 
-def _scheduler_address(config: Config, lease: str) -> str:
-    for attempt in range(_ATTEMPTS):
-        scheduler = ray.remote(SchedulerActor).options(name=SCHEDULER, **_always(lease)).remote(config, _free_port(), lease)
+def _secret_of_engines(lease: str) -> str:
+    """Engines that have lost their scheduler for good keep their mailboxes; a new scheduler must be able to speak to them."""
+    for name in named_actors(lease):
+        engine = find_actor(name, lease)
         try:
-            address: str = ray.get(scheduler.address.remote(), timeout=_ACTOR_TIMEOUT_S)
-            return address
+            if engine is not None:
+                return str(ray.get(engine.secret.remote(), timeout=_ACTOR_TIMEOUT_S))
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            log.info("%s does not tell its secret: %s", name, error)
+    return ""
+
+
+def _scheduler(config: Config, lease: str, secret: str) -> tuple[str, str]:
+    for attempt in range(_ATTEMPTS):
+        options = ray.remote(SchedulerActor).options(name=SCHEDULER, **_always(lease))
+        scheduler = options.remote(config, _free_port(), lease, secret)
+        try:
+            address, secret = ray.get([scheduler.address.remote(), scheduler.secret.remote()], timeout=_ACTOR_TIMEOUT_S)
+            return address, secret
         except ray.exceptions.RayActorError as error:  # the one that was found was just ending, or is between two lives
             log.info("attempt %d: the scheduler does not answer: %s", attempt, error)
             time.sleep(1.0)

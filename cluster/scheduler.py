@@ -20,6 +20,7 @@ from cluster.protocol import (
     EngineMessage,
     EngineReport,
     EngineStatus,
+    MetricSample,
     Place,
     PlaceAgain,
     Placement,
@@ -201,6 +202,10 @@ class GlobalScheduler:
             case EngineReport():
                 self._engine_report(message, now)
         self._bind(now)
+
+    def counted(self, source: str, samples: list[MetricSample]) -> None:
+        """A process's running totals that come in no message, such as those of the scheduler's own mailbox."""
+        self._totals.put(source, samples)
 
     def engine_died(self, engine: str, epoch: int, now: float) -> None:
         """The engine's process is gone, and with it all its epochs up to `epoch`."""

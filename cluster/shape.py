@@ -87,10 +87,6 @@ class ModelShape:
     dtype: str
     """The checkpoint's own: float32, bfloat16 or float16."""
 
-    def kv_bytes_per_token(self, element_size: int) -> int:
-        """Bytes of K and V of one token over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_size
-
 
 def parse_shape(config: dict[str, Any], where: str) -> ModelShape:
     """ModelShape of a config.json; `where` is named in errors. Values that are missing have the defaults of transformers.

@@ -1,4 +1,7 @@
-"""Linear layers over the flat [num_tokens, features] batch.
+"""Linear layers over the flat [num_tokens, features] batch, whole or divided among tensor-parallel ranks.
+
+Divided as in Megatron-LM (Shoeybi et al. 2019): of two linears in a row the first is cut by output features (a Linear of fewer
+rows, nothing is exchanged), the second by input features (RowParallel: one sum over the ranks).
 
 On a CPU the weight is packed once into oneDNN's blocked layout and the plain copy is dropped. Packed fp32 with a hint of 16 rows or
 more gives a row the same bits whatever the number of rows beside it (checked for 1..512 rows); plain fp32 `F.linear` does not.
@@ -10,6 +13,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from parallel.groups import Group
 
 _PACK_ROWS = 64
 """The number of rows that the packed layout is chosen for. With 1, oneDNN takes a layout that is slower from 16 rows on and whose
@@ -43,6 +48,21 @@ class Linear:
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
             return y
         return F.linear(x, self._weight, self._bias)
+
+
+class RowParallel:
+    """A linear whose input features are divided among the ranks of a group: y = sum over ranks of x_rank W_rankᵀ, + b."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, group: Group) -> None:
+        """weight [out_features, this rank's in_features], bias [out_features], the same on each rank."""
+        self._group = group
+        self._bias = bias if group.size > 1 else None  # after the sum, else each rank would add it
+        self._linear = Linear(weight, bias if group.size == 1 else None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, this rank's in_features] -> [n, out_features], the same on each rank."""
+        y = self._group.all_reduce(self._linear(x))
+        return y if self._bias is None else y + self._bias
 
 
 def fused(parts: Sequence[Tensor], biases: Sequence[Tensor] | None, dtype: torch.dtype, device: torch.device) -> Linear:

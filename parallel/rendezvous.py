@@ -1,6 +1,7 @@
 """Where the ranks of an engine meet: a torch.distributed store that lives outside of them.
 
-The engine's process hosts it over all epochs; each epoch's keys carry its number, so that a straggler of an earlier one meets nobody.
+The engine's process hosts it over all epochs; each epoch's keys carry its number, so that a
+straggler of an earlier one meets nobody.
 """
 
 import socket
@@ -9,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 _BACKLOG = 1024
 
@@ -41,7 +42,7 @@ class StoreServer:
         self._thread.join()
 
     def _listen(self) -> None:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         descriptor = self._socket.detach()
         self._store = TCPStore(self._host, self._port, None, True, wait_for_workers=False, master_listen_fd=descriptor)
@@ -52,7 +53,7 @@ def connect(address: str, epoch: int, timeout_s: float) -> "Store":
 
     Raises torch.distributed.DistError where nobody answers.
     """
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
     host, _, port = address.rpartition(":")
     client = TCPStore(host, int(port), None, False, timeout=timedelta(seconds=timeout_s))

@@ -16,9 +16,10 @@ from router.formats import ChatFormat, CompletionFormat, Shown
 from router.generation import Generator
 from router.metrics import RouterMetrics, render
 from router.offload import offloaded
+from router.overview import Overview
 from router.prepare import Preparer, ServedModel, new_id, unknown_model
 from router.replies import StreamReply, WholeReply
-from router.responses import Detokenized, Health, Model, ModelList, Tokenized, Version
+from router.responses import Detokenized, ModelList, Tokenized, Version
 from router.run import Run
 from router.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, GenerationRequest, TokenizeRequest, parse
 from router.tokenizer import Tokenizer
@@ -33,16 +34,8 @@ def build_api(generator: Generator, tokenizer: Tokenizer, model: ServedModel, me
     """The application. All it knows of the cluster comes through `generator`; what it counts goes to `metrics`."""
     app = FastAPI(title="Rayline", redirect_slashes=False)
 
-    def context() -> int:
-        """The longest sequence that some engine can hold, as far as engines are known."""
-        status = generator.status()
-        held = [engine.max_sequence_tokens for engine in status.engines if engine.max_sequence_tokens > 0] if status else []
-        return min(model.max_model_len, max(held, default=model.max_model_len))
-
-    def card() -> Model:
-        return Model(id=model.name, created=model.created, root=model.root or model.name, max_model_len=context())
-
-    preparer = Preparer(model, tokenizer, context)
+    overview = Overview(generator, model)
+    preparer = Preparer(model, tokenizer, overview.context)
 
     def spelled(tokens: list[int]) -> list[str]:
         return [tokenizer.vocabulary.token_string(token) for token in tokens]
@@ -71,7 +64,7 @@ def build_api(generator: Generator, tokenizer: Tokenizer, model: ServedModel, me
         asked = parse(TokenizeRequest, await _body(request))
         tokens = await preparer.tokens(asked)
         strings = await offloaded(len(tokens), spelled, tokens) if asked.return_token_strs else None
-        return _json(Tokenized(count=len(tokens), max_model_len=context(), tokens=tokens, token_strs=strings))
+        return _json(Tokenized(count=len(tokens), max_model_len=overview.context(), tokens=tokens, token_strs=strings))
 
     @app.post("/detokenize", openapi_extra=_body_of("DetokenizeRequest"))
     async def detokenize(request: Request) -> Response:
@@ -84,25 +77,18 @@ def build_api(generator: Generator, tokenizer: Tokenizer, model: ServedModel, me
 
     @app.get("/v1/models")
     async def list_models() -> Response:
-        return _json(ModelList(data=[card()]))
+        return _json(ModelList(data=[overview.card()]))
 
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str) -> Response:
         if name != model.name:
             raise unknown_model(name)
-        return _json(card())
+        return _json(overview.card())
 
     @app.get("/health")
     async def health() -> Response:
-        status = generator.status()
-        engines = status.engines if status else []
-        ready = sum(engine.ready for engine in engines)
-        counts = {"ready": ready, "total": len(engines)}
-        if ready:
-            return _json(Health(status="ok", engines=counts))
-        causes = sorted({engine.reason for engine in engines if engine.reason})
-        reason = ": ".join(["no engine is ready", *causes]) if status else "the scheduler has not been heard of"
-        return _json(Health(status="unavailable", reason=reason, engines=counts), 503)
+        found = overview.health()
+        return _json(found, 200 if found.status == "ok" else 503)
 
     @app.get("/metrics")
     async def prometheus() -> Response:

@@ -137,7 +137,9 @@ class Dispatcher:
             self._journal.tick(now)
             if now >= next_hello:
                 next_hello = now + HELLO_S
-                self._mailbox.send(self._scheduler, RouterHello(self._mailbox.address, self._metrics()))
+                self._mailbox.send(
+                    self._scheduler, RouterHello(self._mailbox.address, [*self._metrics(), *self._mailbox.samples("router")])
+                )
             self._flush()
             await asyncio.sleep(TICK_S)
 

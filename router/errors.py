@@ -35,6 +35,11 @@ class ApiError(Exception):
         self.headers = headers or {}
         self._body = ErrorBody(message, kind, param, code)
 
+    @property
+    def param(self) -> str | None:
+        """The parameter of the request that is to blame."""
+        return self._body.param
+
     def body(self) -> bytes:
         """The JSON document."""
         return msgspec.json.encode({"error": self._body})

@@ -38,6 +38,8 @@ HELP = {
     "rayline:kv_waste_ratio": "Share of the allocated KV slots that hold no token.",
     "rayline:kv_slots_shared": "KV slots saved by sharing prefixes.",
     "rayline:plans_in_flight": "Iterations launched and not yet returned.",
+    "rayline:messages_dropped": "Messages that came in and were none, or could not be sent, by process and direction.",
+    "rayline:connections_refused": "Connections to a process's mailbox that did not prove the cluster's secret; each try counts.",
     "rayline:engine_ready": "1 if the engine takes requests.",
     "rayline:engine_epoch": "Which life of its workers the engine is in.",
     "rayline:scheduler_up": "1 if the scheduler has reported to the router that was asked.",

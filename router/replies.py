@@ -58,12 +58,7 @@ class WholeReply(Reply):
         await send_whole(send, 200, body)
 
     async def _body(self) -> bytes:
-        gained: list[list[Increment]] = [[] for _ in range(self._run.num_choices)]
-        async with aclosing(self._run.increments()) as increments:
-            async for news in increments:
-                for index, increment in news:
-                    gained[index].append(increment)
-        outputs = [(self._run.prompt_of(index), Increment.joined(gained[index])) for index in self._run.chosen()]
+        outputs = await self._run.outputs()
         size = sum(self._format.size(index, *output) for index, output in enumerate(outputs))
         return await offloaded(size, self._written, outputs)
 

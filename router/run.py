@@ -1,4 +1,4 @@
-"""The generations behind one HTTP request, run together: tokens in, increments of text out, nothing left behind."""
+"""The generations behind one request, run together: tokens in, increments of text out, nothing left behind."""
 
 import asyncio
 import time
@@ -55,8 +55,9 @@ class Run:
         self._open = len(self._choices)
 
     @property
-    def num_choices(self) -> int:
-        return len(self._choices)
+    def finished(self) -> bool:
+        """No choice has more to come."""
+        return not self._open
 
     @property
     def size_param(self) -> str:
@@ -87,6 +88,15 @@ class Run:
                 own.sort(key=lambda number: -self._choices[number].mean_logprob)
             numbers += own[:keep]
         return numbers
+
+    async def outputs(self) -> list[tuple[Prompt, Increment]]:
+        """All that the client gets, in its order, once every choice has finished. Raises as increments() does."""
+        gained: list[list[Increment]] = [[] for _ in self._choices]
+        async with aclosing(self.increments()) as increments:
+            async for news in increments:
+                for index, increment in news:
+                    gained[index].append(increment)
+        return [(self.prompt_of(index), Increment.joined(gained[index])) for index in self.chosen()]
 
     async def increments(self) -> AsyncGenerator[list[tuple[int, Increment]], None]:
         """News of the choices (by number) as they come, until all have finished; an empty list once all is accepted.

@@ -25,21 +25,32 @@ class Checkpoint:
     def __len__(self) -> int:
         return len(self._where)
 
-    def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor in its own dtype, on the CPU, mapped from its file. ConfigError where it is missing or of another shape."""
+    def take(self, name: str, *shape: int, rows: range | None = None, columns: range | None = None) -> Tensor:
+        """The tensor in its own dtype, on the CPU, mapped from its file; of it these rows or columns, and no more is read.
+
+        shape: of the whole tensor. Raises ConfigError where it is missing or of another shape.
+        """
         if name not in self._where:
             raise ConfigError(f"{self.path}: the checkpoint lacks the tensor {name}")
-        tensor: Tensor = self._files[self._where[name]].get_tensor(name)  # type: ignore[no-untyped-call]
-        if tuple(tensor.shape) != shape:
-            raise ConfigError(f"{self.path}: {name} has shape {list(tensor.shape)}, but config.json asks for {list(shape)}")
+        whole = self._files[self._where[name]].get_slice(name)  # type: ignore[no-untyped-call]
+        found = tuple(whole.get_shape())
+        if found != shape:
+            raise ConfigError(f"{self.path}: {name} has shape {list(found)}, but config.json asks for {list(shape)}")
+        tensor: Tensor
+        if columns is not None and len(columns) < shape[1]:
+            tensor = whole[:, columns.start : columns.stop]
+        elif rows is not None and len(rows) < shape[0]:
+            tensor = whole[rows.start : rows.stop]
+        else:
+            tensor = self._files[self._where[name]].get_tensor(name)  # type: ignore[no-untyped-call]
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             raise ConfigError(f"{self.path}: {name} is {str(tensor.dtype)[6:]}; quantized checkpoints are not supported")
         self._left.discard(name)
         return tensor
 
-    def ignore(self, name: str) -> None:
-        """Say that a tensor, if it is there, isn't needed."""
-        self._left.discard(name)
+    def ignore(self, prefix: str) -> None:
+        """Say that tensors whose name begins so, if there are any, aren't needed here."""
+        self._left = {name for name in self._left if not name.startswith(prefix)}
 
     def finish(self) -> None:
         """ConfigError where tensors were never taken: the model has parts that this decoder doesn't compute."""

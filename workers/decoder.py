@@ -7,6 +7,7 @@
     logits = lm_head · rms_norm(h)
 
 Everything but attention runs over the flat [num_tokens, hidden] batch and knows nothing of sequences (ORCA's selective batching).
+A Decoder holds a rank's part of the model: some layers, and of each some heads and inner features.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from cluster.shape import ModelShape
 from kv.pool import KVPool
-from parallel.linear import Linear
+from parallel.linear import Linear, RowParallel
+from parallel.partition import Partition
+from parallel.vocabulary import Embedding, LogitsHead
 from workers.attention import AttentionStep
 from workers.rope import Rope, rotate
 
@@ -30,11 +33,11 @@ class DecoderLayer:
     qkv: Linear
     qk_norm: Tensor | None
     """[num_heads + num_kv_heads, head_dim]: the query norm's weight for every query head, then the key norm's for every key
-    head."""
-    output: Linear
+    head. Of this rank's heads."""
+    output: RowParallel
     mlp_norm: Tensor
     gate_up: Linear
-    down: Linear
+    down: RowParallel
 
 
 @dataclass(frozen=True)
@@ -52,21 +55,31 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A whole decoder-only model."""
+    """A decoder-only model, or a rank's part of it."""
 
     shape: ModelShape
+    """Of the whole model."""
+    part: Partition
     dtype: torch.dtype
     """That of activations and of the KV pool."""
-    embedding: Tensor
-    """[vocab, hidden], in the checkpoint's dtype: rows are converted as they are looked up."""
+    embedding: Embedding | None
+    """In the first stage."""
     rope: Rope
     layers: tuple[DecoderLayer, ...]
-    final_norm: Tensor
-    lm_head: "LogitsHead"
+    final_norm: Tensor | None
+    """In the last stage."""
+    lm_head: LogitsHead | None
+    """In the last stage."""
 
-    def forward(self, batch: TokenBatch, pool: KVPool) -> Tensor:
-        """Run the batch, write its keys and values to the pool; returns hidden states [num_tokens, hidden] before the last norm."""
-        hidden = self.embedding[batch.ids].to(self.dtype)
+    def forward(self, batch: TokenBatch, pool: KVPool, hidden: Tensor | None) -> Tensor:
+        """Run the batch through the layers, write its keys and values to the pool.
+
+        hidden [num_tokens, hidden]: what the stage before returned, None in the first stage. Returns the same, of these layers:
+        from the last stage the hidden states before the last norm.
+        """
+        if hidden is None:
+            assert self.embedding is not None
+            hidden = self.embedding(batch.ids)
         angles = self.rope.at(batch.positions)
         for number, layer in enumerate(self.layers):
             normed = rms_norm(hidden, layer.input_norm, self.shape.rms_norm_eps)
@@ -77,40 +90,22 @@ class Decoder:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] rows of `forward` -> [n, vocab] fp32."""
+        """[n, hidden] rows of `forward` -> [n, vocab] fp32. In the last stage only, there by all ranks."""
+        assert self.lm_head is not None
+        assert self.final_norm is not None
         return self.lm_head(rms_norm(hidden, self.final_norm, self.shape.rms_norm_eps))
 
     def _attention(
         self, number: int, layer: DecoderLayer, normed: Tensor, angles: tuple[Tensor, Tensor], batch: TokenBatch, pool: KVPool
     ) -> Tensor:
-        shape = self.shape
+        shape, num_heads, num_kv_heads = self.shape, len(self.part.heads), len(self.part.kv_heads)
         heads = layer.qkv(normed).view(len(normed), -1, shape.head_dim)  # query heads, key heads, value heads
-        turned, values = torch.split(heads, [shape.num_heads + shape.num_kv_heads, shape.num_kv_heads], dim=1)
+        turned, values = torch.split(heads, [num_heads + num_kv_heads, num_kv_heads], dim=1)
         if layer.qk_norm is not None:
             turned = rms_norm(turned, layer.qk_norm, shape.rms_norm_eps)
-        queries, keys = torch.split(rotate(turned, *angles), [shape.num_heads, shape.num_kv_heads], dim=1)
+        queries, keys = torch.split(rotate(turned, *angles), [num_heads, num_kv_heads], dim=1)
         pool.write(number, batch.slots, keys, values)
         return layer.output(batch.attention.attend(number, queries, keys, values))
-
-
-class LogitsHead:
-    """The last linear. Its output is fp32 in every dtype: two logits that differ must not meet by rounding to bf16."""
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        """weight [vocab, hidden]; dtype: that of the hidden states. On a CPU the weight is kept in fp32; on CUDA in `dtype`, with
-        fp32 accumulation and output."""
-        self._on_cpu = weight.device.type == "cpu"
-        self._linear = Linear(weight.float()) if self._on_cpu else None
-        self._weight = None if self._on_cpu else weight.to(dtype)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] -> [n, vocab] fp32"""
-        if self._linear is not None:
-            return self._linear(hidden.float())
-        assert self._weight is not None
-        if hidden.dtype == torch.float32:
-            return F.linear(hidden, self._weight)
-        return torch.mm(hidden, self._weight.t(), out_dtype=torch.float32)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

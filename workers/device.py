@@ -7,6 +7,7 @@ import torch
 from cluster.config import Config, ConfigError
 from cluster.shape import ModelShape
 from parallel.linear import cpu_computes_bfloat16
+from parallel.partition import Partition
 
 _CPU_SHARE, _CPU_MOST = 0.30, 4 << 30
 _CUDA_SHARE = 0.90
@@ -60,13 +61,23 @@ def resolve_max_model_len(config: Config, shape: ModelShape) -> int:
     return config.max_model_len
 
 
-def size_pool(config: Config, shape: ModelShape, max_model_len: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Blocks that the KV pool holds, the null block included: what the memory allows, at most what the sequences can ever need.
+def size_pool(
+    config: Config,
+    shape: ModelShape,
+    part: Partition,
+    max_model_len: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    neighbours: int = 0,
+) -> int:
+    """Blocks that a rank's KV pool holds, the null block included: what the memory allows, at most what the sequences can ever
+    need.
 
-    Raises ConfigError where the memory doesn't hold the null block and one more.
+    neighbours: how many ranks beside this one share a CPU's memory. Raises ConfigError where the memory doesn't hold the null block
+    and one more.
     """
-    block_bytes = shape.kv_bytes_per_token(dtype.itemsize) * config.block_size
-    budget = config.kv_memory if config.kv_memory is not None else _free_share(device)
+    block_bytes = part.kv_bytes_per_token(shape, dtype.itemsize) * config.block_size
+    budget = config.kv_memory if config.kv_memory is not None else _free_share(device, neighbours)
     if config.kv_memory is None and device.type == "cuda":
         budget = max(0, budget - scratch_bytes(config, shape, max_model_len, dtype) - _SLACK)
     if budget < 2 * block_bytes:
@@ -99,11 +110,11 @@ def _best_cuda_dtype(wanted: torch.dtype) -> torch.dtype:
     return wanted
 
 
-def _free_share(device: torch.device) -> int:
+def _free_share(device: torch.device, neighbours: int) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading left in torch's cache counts as free
         return int(_CUDA_SHARE * torch.cuda.mem_get_info(device)[0])
-    return min(_CPU_MOST, int(_CPU_SHARE * _available_memory()))
+    return min(_CPU_MOST, int(_CPU_SHARE * _available_memory())) // (1 + neighbours)
 
 
 def _available_memory() -> int:

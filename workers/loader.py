@@ -1,6 +1,8 @@
-"""From a model directory to a Decoder: each tensor is converted and packed as it is read, so that no second copy builds up."""
+"""From a model directory to a Decoder: each tensor is converted and packed as it is read, so that no second copy builds up; of a
+divided model each rank reads its own part only."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,39 +11,52 @@ from tqdm import tqdm
 
 from cluster.model import ModelFiles
 from cluster.shape import ModelShape
-from parallel.linear import Linear, fused
+from parallel.groups import SOLO_GROUP, Group
+from parallel.linear import Linear, RowParallel, fused
+from parallel.partition import Partition
+from parallel.vocabulary import Embedding, LogitsHead
 from workers.checkpoint import Checkpoint
-from workers.decoder import Decoder, DecoderLayer, LogitsHead
+from workers.decoder import Decoder, DecoderLayer
 from workers.rope import Rope
+
+_EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 
 def load_decoder(
-    files: ModelFiles, dtype: torch.dtype, device: torch.device, max_model_len: int, *, progress: bool = False
+    files: ModelFiles,
+    part: Partition,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    *,
+    peers: Group = SOLO_GROUP,
+    progress: bool = False,
 ) -> Decoder:
-    """Read the weights of `files`. Raises ConfigError naming a tensor that is missing, odd or superfluous.
+    """Read a rank's part of the weights of `files`. Raises ConfigError naming a tensor that is missing, odd or superfluous.
 
-    progress: show a bar on stderr.
+    peers: the ranks that share these layers. progress: show a bar on stderr.
     """
     shape = files.shape
-    with tqdm(total=shape.num_layers + 2, desc="loading weights", file=sys.stderr, disable=not progress, leave=False) as bar:
-        loader = _Loader(Checkpoint(files.path), shape, dtype, device)
+    with tqdm(total=len(part.layers) + 2, desc="loading weights", file=sys.stderr, disable=not progress, leave=False) as bar:
+        loader = _Loader(Checkpoint(files.path), shape, part, peers, dtype, device)
         layers = []
-        for number in range(shape.num_layers):
+        for number in part.layers:
             layers.append(loader.layer(f"model.layers.{number}."))
             bar.update()
-        embedding = loader.checkpoint.take("model.embed_tokens.weight", shape.vocab_size, shape.hidden_size).to(device, copy=True)
-        head = LogitsHead(loader.head_weight(embedding), dtype)
+        rows = loader.embedding_rows()
+        head = LogitsHead(loader.head_rows(rows), part.vocab, dtype, peers) if part.judges else None
         bar.update()
         decoder = Decoder(
             shape=shape,
+            part=part,
             dtype=dtype,
-            embedding=embedding,
+            embedding=Embedding(rows, part.own_vocab.start, dtype, peers) if rows is not None and part.embeds else None,
             rope=Rope(shape.head_dim, shape.rope_theta, shape.rope_scaling, max_model_len, device),
             layers=tuple(layers),
-            final_norm=loader.vector("model.norm.weight", shape.hidden_size),
+            final_norm=loader.vector(_FINAL_NORM, shape.hidden_size) if part.judges else None,
             lm_head=head,
         )
-        loader.checkpoint.finish()
+        loader.finish()
         bar.update()
     return decoder
 
@@ -50,44 +65,79 @@ def load_decoder(
 class _Loader:
     checkpoint: Checkpoint
     shape: ModelShape
+    part: Partition
+    peers: Group
     dtype: torch.dtype
     device: torch.device
 
-    def vector(self, name: str, size: int) -> Tensor:
-        """A norm's weight or a bias, [size]."""
-        return self.checkpoint.take(name, size).to(self.device, self.dtype, copy=True)
+    def vector(self, name: str, size: int, rows: range | None = None) -> Tensor:
+        """A norm's weight or a bias of `size` elements, or some of them."""
+        return self.checkpoint.take(name, size, rows=rows).to(self.device, self.dtype, copy=True)
 
-    def linear(self, prefix: str, parts: dict[str, int], inputs: int, bias: bool) -> Linear:
-        """The linears `parts` (name -> out_features) of `inputs` features, side by side."""
-        weights = [self.checkpoint.take(f"{prefix}{name}.weight", size, inputs) for name, size in parts.items()]
-        biases = [self.checkpoint.take(f"{prefix}{name}.bias", size) for name, size in parts.items()] if bias else None
-        return fused(weights, biases, self.dtype, self.device)
+    def linear(self, prefix: str, parts: Mapping[str, tuple[int, range]], inputs: int, bias: bool) -> Linear:
+        """The linears `parts` (name -> all out_features, this rank's) of `inputs` features, side by side."""
+        weights = [self.checkpoint.take(f"{prefix}{name}.weight", size, inputs, rows=own) for name, (size, own) in parts.items()]
+        biases = [self.checkpoint.take(f"{prefix}{name}.bias", size, rows=own) for name, (size, own) in parts.items() if bias]
+        return fused(weights, biases or None, self.dtype, self.device)
+
+    def row_parallel(self, name: str, outputs: int, inputs: int, own: range, bias: bool) -> RowParallel:
+        """The linear `name` of `inputs` features, of which this rank has `own`."""
+        weight = self.checkpoint.take(f"{name}.weight", outputs, inputs, columns=own)
+        added = self.vector(f"{name}.bias", outputs) if bias else None
+        return RowParallel(weight.to(self.device, self.dtype, copy=True).contiguous(), added, self.peers)
 
     def layer(self, prefix: str) -> DecoderLayer:
         """Weights under `prefix` ("model.layers.0.")."""
-        shape = self.shape
+        shape, part = self.shape, self.part
         hidden, inner = shape.hidden_size, shape.intermediate_size
+        heads, kv_heads = (_features(some, shape.head_dim) for some in (part.heads, part.kv_heads))
         query, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        qkv = {"q_proj": (query, heads), "k_proj": (kv, kv_heads), "v_proj": (kv, kv_heads)}
+        gate_up = {"gate_proj": (inner, part.inner), "up_proj": (inner, part.inner)}
         return DecoderLayer(
             input_norm=self.vector(f"{prefix}input_layernorm.weight", hidden),
-            qkv=self.linear(attention, {"q_proj": query, "k_proj": kv, "v_proj": kv}, hidden, shape.qkv_bias),
+            qkv=self.linear(attention, qkv, hidden, shape.qkv_bias),
             qk_norm=self.qk_norm(attention) if shape.qk_norm else None,
-            output=self.linear(attention, {"o_proj": hidden}, query, shape.output_bias),
+            output=self.row_parallel(f"{attention}o_proj", hidden, query, heads, shape.output_bias),
             mlp_norm=self.vector(f"{prefix}post_attention_layernorm.weight", hidden),
-            gate_up=self.linear(mlp, {"gate_proj": inner, "up_proj": inner}, hidden, shape.mlp_bias),
-            down=self.linear(mlp, {"down_proj": hidden}, inner, shape.mlp_bias),
+            gate_up=self.linear(mlp, gate_up, hidden, shape.mlp_bias),
+            down=self.row_parallel(f"{mlp}down_proj", hidden, inner, part.inner, shape.mlp_bias),
         )
 
     def qk_norm(self, prefix: str) -> Tensor:
-        """[num_heads + num_kv_heads, head_dim], see DecoderLayer."""
-        query = self.vector(f"{prefix}q_norm.weight", self.shape.head_dim).expand(self.shape.num_heads, -1)
-        key = self.vector(f"{prefix}k_norm.weight", self.shape.head_dim).expand(self.shape.num_kv_heads, -1)
+        """[num_heads + num_kv_heads, head_dim] of this rank's heads, see DecoderLayer."""
+        query = self.vector(f"{prefix}q_norm.weight", self.shape.head_dim).expand(len(self.part.heads), -1)
+        key = self.vector(f"{prefix}k_norm.weight", self.shape.head_dim).expand(len(self.part.kv_heads), -1)
         return torch.cat((query, key))
 
-    def head_weight(self, embedding: Tensor) -> Tensor:
-        """[vocab, hidden] on the device, in the checkpoint's dtype."""
+    def embedding_rows(self) -> Tensor | None:
+        """[this rank's vocabulary, hidden] on the device, in the checkpoint's dtype; None where nobody needs it."""
+        if not self.part.embeds and not (self.part.judges and self.shape.tied_embeddings):
+            return None
+        shape = self.shape
+        rows = self.checkpoint.take(_EMBEDDING, shape.vocab_size, shape.hidden_size, rows=self.part.own_vocab)
+        return rows.to(self.device, copy=True)
+
+    def head_rows(self, embedding: Tensor | None) -> Tensor:
+        """The same of the lm_head."""
         if self.shape.tied_embeddings:
-            self.checkpoint.ignore("lm_head.weight")
+            self.checkpoint.ignore(_HEAD)
+            assert embedding is not None
             return embedding
-        return self.checkpoint.take("lm_head.weight", self.shape.vocab_size, self.shape.hidden_size).to(self.device)
+        shape = self.shape
+        return self.checkpoint.take(_HEAD, shape.vocab_size, shape.hidden_size, rows=self.part.own_vocab).to(self.device)
+
+    def finish(self) -> None:
+        """ConfigError for tensors that no rank takes. Those of layers that other stages hold are theirs to judge."""
+        for number in range(self.shape.num_layers):
+            if number not in self.part.layers:
+                self.checkpoint.ignore(f"model.layers.{number}.")
+        for name in (_EMBEDDING, _FINAL_NORM, _HEAD):
+            if not (self.part.embeds and self.part.judges):
+                self.checkpoint.ignore(name)
+        self.checkpoint.finish()
+
+
+def _features(heads: range, head_dim: int) -> range:
+    return range(heads.start * head_dim, heads.stop * head_dim)

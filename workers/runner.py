@@ -1,4 +1,4 @@
-"""The model runner: one StepPlan in, one StepResult out, on one device."""
+"""The model runner: one StepPlan in, one StepResult out, on one device. Of a divided model it runs one rank's part."""
 
 import time
 from collections.abc import Sequence
@@ -9,8 +9,11 @@ from torch import Tensor
 
 from cluster.config import Config, ConfigError
 from cluster.model import ModelFiles
-from cluster.protocol import ChunkResult, StepPlan, StepResult
+from cluster.protocol import ChunkResult, StageTime, StepPlan, StepResult
 from kv.pool import KVPool
+from parallel.handoff import Handoff
+from parallel.membership import ALONE, NO_PEERS, Membership, Peers
+from parallel.partition import partition
 from workers.attention import PagedSpans, make_attention
 from workers.decoder import Decoder, TokenBatch
 from workers.device import resolve_device, resolve_dtype, resolve_max_model_len, size_pool
@@ -21,50 +24,94 @@ from workers.sequences import SequenceTable, Span
 
 
 class ModelRunner:
-    """A decoder, its KV pool and the sequences of one epoch."""
+    """A rank's decoder, its KV pool and the sequences of one epoch."""
 
-    def __init__(self, decoder: Decoder, pool: KVPool, attention: str, max_model_len: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        pool: KVPool,
+        attention: str,
+        max_model_len: int,
+        *,
+        peers: Peers = NO_PEERS,
+        handoff: Handoff | None = None,
+        leader: bool = True,
+    ) -> None:
+        """handoff: to and from the neighbouring stages, where there are some. leader: draw tokens, in the last stage."""
         self.decoder = decoder
+        self.peers = peers
         self.pool = pool
         self.max_model_len = max_model_len
         """The longest sequence that positions are prepared for."""
+        self.times: list[StageTime] = []
+        """When each plan was computed here; whoever reads it empties it."""
         self._device = pool.keys.device
-        self._attention = make_attention(attention, pool, decoder.shape.windows)
-        self._sampler = Sampler(decoder.shape.vocab_size, self._device)
+        shape, layers = decoder.shape, decoder.part.layers
+        self._attention = make_attention(attention, pool, shape.windows[layers.start : layers.stop])
+        self._sampler = Sampler(shape.vocab_size, self._device) if leader and decoder.part.judges else None
         self._sequences = SequenceTable(pool.block_size)
+        self._handoff = handoff
 
     @property
     def num_blocks(self) -> int:
         """Blocks in the pool, the null block included."""
         return self.pool.num_blocks
 
+    @property
+    def answers(self) -> bool:
+        """Whether this rank's results are the engine's: the leader of the last stage."""
+        return self._sampler is not None
+
+    def expect(self, plan: StepPlan) -> None:
+        """A plan that execute() will be called with later; call in the order of the plans."""
+        if self._handoff is not None:
+            self._handoff.expect(_num_tokens(plan))
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one iteration. Plans must come in order. Raises PlanError for a plan that doesn't follow from those before it;
-        after any exception the runner's state is undefined."""
-        began = time.perf_counter()
+        """Run one iteration; the result is empty unless this rank `answers`.
+
+        Plans must come in order. Raises PlanError for a plan that doesn't follow from those before it; after any exception the
+        runner's state is undefined.
+        """
+        incoming = self._receive(plan)
+        began, clock = time.time(), time.perf_counter()
         spans = self._sequences.apply(plan)
         self.pool.copy_blocks(plan.copies)
         result = StepResult(epoch=plan.epoch, step=plan.step, results=[])
         if spans:
-            hidden = self.forward(spans)
-            result.scores = score_prompts(hidden, spans, self.decoder.logits, self.decoder.shape.vocab_size)
-            result.results = self._draw(hidden, spans)
-        result.compute_s = time.perf_counter() - began
+            hidden = self.forward(spans, incoming)
+            if self.decoder.part.judges:
+                self._answer(hidden, spans, result)
+            elif self._handoff is not None:
+                self._handoff.send(hidden)
+        result.compute_s = time.perf_counter() - clock
+        self.times.append(StageTime(plan.step, began, began + result.compute_s, _num_tokens(plan)))
         return result
 
     def reset(self) -> None:
         """Forget all sequences: a new epoch begins."""
         self._sequences = SequenceTable(self.pool.block_size)
 
-    def forward(self, spans: Sequence[Span]) -> Tensor:
-        """Run the spans as one flat batch; returns the hidden states [num_tokens, hidden] before the last norm."""
+    def forward(self, spans: Sequence[Span], incoming: Tensor | None = None) -> Tensor:
+        """Run the spans as one flat batch; `incoming` and what is returned are as in Decoder.forward."""
         paged = PagedSpans.of(spans, self.pool.block_size)
         positions = paged.positions()
         rows = np.stack((np.concatenate([span.ids for span in spans]), positions, paged.slots(positions)))
         ids, positions_there, slots = self._to_device(rows).unbind()
         batch = TokenBatch(ids, positions_there, slots, self._attention.prepare(paged))
-        return self.decoder.forward(batch, self.pool)
+        return self.decoder.forward(batch, self.pool, incoming)
+
+    def _receive(self, plan: StepPlan) -> Tensor | None:
+        if self._handoff is None or self.decoder.part.embeds or not plan.chunks:
+            return None
+        return self._handoff.receive(_num_tokens(plan))
+
+    def _answer(self, hidden: Tensor, spans: Sequence[Span], result: StepResult) -> None:
+        """Logits are made by all ranks of the last stage together; what becomes of them is the leader's."""
+        scores = score_prompts(hidden, spans, self.decoder.logits, self.decoder.shape.vocab_size)
+        results = self._draw(hidden, spans)
+        result.scores, result.results = scores, results
 
     def _draw(self, hidden: Tensor, spans: Sequence[Span]) -> list[ChunkResult]:
         last_rows = np.cumsum([span.num_tokens for span in spans]) - 1
@@ -72,8 +119,11 @@ class ModelRunner:
         if not sampled:
             return []
         rows = self._to_device(last_rows[sampled])
+        logits = self.decoder.logits(hidden.index_select(0, rows))
+        if self._sampler is None:
+            return []
         drawing = [spans[i] for i in sampled]
-        draws = self._sampler.draw(self.decoder.logits(hidden.index_select(0, rows)), drawing)
+        draws = self._sampler.draw(logits, drawing)
         results = []
         for span, draw in zip(drawing, draws, strict=True):
             self._sequences.commit(span, [draw.token])
@@ -85,27 +135,41 @@ class ModelRunner:
         return torch.from_numpy(array.astype(np.int64, copy=False)).to(self._device, non_blocking=True)
 
 
-def load_runner(files: ModelFiles, config: Config, *, num_blocks: int | None = None, progress: bool = False) -> ModelRunner:
-    """Load the model and lay out its KV pool.
+def load_runner(
+    files: ModelFiles,
+    config: Config,
+    *,
+    num_blocks: int | None = None,
+    progress: bool = False,
+    membership: Membership = ALONE,
+) -> ModelRunner:
+    """Load the model, or this rank's part of it, and lay out its KV pool; returns when the other ranks have joined.
 
     num_blocks: the pool's size where it is known already (the null block included); else `size_pool` decides, after the weights are
     loaded. progress: show a bar on stderr. Sets torch's thread count, which is the process's, where config.threads says so.
-    Raises ConfigError for anything that cannot work: device, dtype, checkpoint, memory.
+    Raises ConfigError for anything that cannot work: device, dtype, checkpoint, memory, a division of the model.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    shape = files.shape
+    shape, seat = files.shape, membership.seat
+    part = partition(shape, seat, config.stage_layers)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, shape.dtype, device)
     max_model_len = resolve_max_model_len(config, shape)
-    decoder = load_decoder(files, dtype, device, max_model_len, progress=progress)
+    peers = membership.join(device, config.step_timeout_s)
+    decoder = load_decoder(files, part, dtype, device, max_model_len, peers=peers.stage, progress=progress)
     if num_blocks is None:
-        num_blocks = size_pool(config, shape, max_model_len, dtype, device)
+        num_blocks = size_pool(config, shape, part, max_model_len, dtype, device, peers.neighbours)
     elif num_blocks < 2:
         raise ConfigError(f"num_blocks is {num_blocks}, but a pool needs the null block and at least one more")
     try:
-        pool = KVPool(shape.num_layers, num_blocks, config.block_size, shape.num_kv_heads, shape.head_dim, dtype, device)
+        pool = KVPool(len(part.layers), num_blocks, config.block_size, len(part.kv_heads), shape.head_dim, dtype, device)
     except RuntimeError as error:  # torch's OutOfMemoryError is one; on a CPU it is just that
-        needed = num_blocks * config.block_size * shape.kv_bytes_per_token(dtype.itemsize)
+        needed = num_blocks * config.block_size * part.kv_bytes_per_token(shape, dtype.itemsize)
         raise ConfigError(f"the {device.type} has no {needed} bytes for the KV pool; set kv_memory to less") from error
-    return ModelRunner(decoder, pool, config.attention, max_model_len)
+    handoff = Handoff(peers.column, shape.hidden_size, dtype, device) if seat.mesh.pp > 1 else None
+    return ModelRunner(decoder, pool, config.attention, max_model_len, peers=peers, handoff=handoff, leader=seat.leader)
+
+
+def _num_tokens(plan: StepPlan) -> int:
+    return sum(chunk.num_tokens for chunk in plan.chunks)

@@ -1,11 +1,24 @@
-"""A worker's loop: plans in, results out. No Ray in here; workers/worker.py is the actor around it."""
+"""A rank's loop: plans in, results out. No Ray in here; workers/worker.py is the actor around it.
+
+Two threads. The intake receives: it passes a plan on at once, to the next stage and the tensor-parallel peers, however long the
+plans before it still compute (ORCA, section 4.2), and answers pings. The other one computes, plan after plan.
+"""
 
 import logging
+import queue
+import threading
 import time
+from collections import deque
+from collections.abc import Sequence
 from typing import Protocol
 
 from cluster.channel import Mailbox
-from cluster.protocol import Ping, Pong, StepPlan, StepResult, WorkerMessage
+from cluster.protocol import Ping, Pong, StageTime, StageTimes, StepPlan, StepResult, WorkerMessage
+from parallel.mesh import Seat
+
+SILENCE_S = 60.0
+"""Without a word of the engine, which pings every few seconds, a worker ends after so long."""
+_REPORT_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -13,31 +26,109 @@ log = logging.getLogger(__name__)
 class Runner(Protocol):
     """What executes plans."""
 
+    times: list[StageTime]
+
+    @property
+    def answers(self) -> bool:
+        """Whether its results go to the engine."""
+        ...
+
+    def expect(self, plan: StepPlan) -> None:
+        """A plan that will be executed after those before it."""
+        ...
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one iteration; plans come in order."""
         ...
 
 
-def serve_plans(runner: Runner, mailbox: Mailbox[WorkerMessage], engine: str, epoch: int, rank: int, silence_s: float) -> str:
-    """Execute plans of `epoch` until the engine has been silent for `silence_s`; returns why it ended.
+class Intake:
+    """Receives for a rank of one epoch, in a thread of its own, until the engine is silent for too long or close() is called."""
 
-    An exception of the runner is reported to the engine, which ends the epoch.
-    """
-    heard_at = time.monotonic()
-    while True:
-        message = mailbox.receive(timeout_s=1.0)
-        if message is None:
-            if time.monotonic() - heard_at > silence_s:
-                return f"the engine has been silent for {silence_s:.0f} s"
-            continue
+    def __init__(
+        self,
+        mailbox: Mailbox[WorkerMessage],
+        engine: str,
+        epoch: int,
+        rank: int,
+        followers: Sequence[str] = (),
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        """followers: mailboxes that plans are passed on to, in this order."""
+        self.plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+        """In order; None when no more will come."""
+        self.end = ""
+        """Why no more will come."""
+        self._mailbox, self._engine, self._epoch, self._rank = mailbox, engine, epoch, rank
+        self._followers = tuple(followers)
+        self._silence_s = silence_s
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread and wait for its end."""
+        self._closing = True
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._receive()
+        except Exception as error:
+            log.exception("the intake failed")
+            self.end = f"{type(error).__name__}: {error}"
+        finally:
+            self.plans.put(None)
+
+    def _receive(self) -> None:
         heard_at = time.monotonic()
-        if message.epoch != epoch:
-            continue
-        match message:
-            case StepPlan():
-                mailbox.send(engine, _execute(runner, message))
-            case Ping():
-                mailbox.send(engine, Pong(epoch, rank))
+        while not self._closing:
+            message = self._mailbox.receive(timeout_s=0.5)
+            now = time.monotonic()
+            if message is None:
+                if now - heard_at > self._silence_s:
+                    self.end = f"the engine has been silent for {self._silence_s:.0f} s"
+                    return
+                continue
+            heard_at = now
+            if message.epoch != self._epoch:
+                continue
+            match message:
+                case StepPlan():
+                    for follower in self._followers:
+                        self._mailbox.send(follower, message)
+                    self.plans.put(message)
+                case Ping():
+                    self._mailbox.send(self._engine, Pong(self._epoch, self._rank))
+
+
+def serve_plans(runner: Runner, intake: Intake, mailbox: Mailbox[WorkerMessage], engine: str, seat: Seat, epoch: int) -> str:
+    """Execute the intake's plans until no more will come; returns why.
+
+    An exception of the runner is reported to the engine, which ends the epoch, and ends this too.
+    """
+    plans: deque[StepPlan] = deque()
+    over = False
+    reported_at = time.monotonic()
+    while True:
+        while not over and not (plans and intake.plans.empty()):  # all that has come is expected before the first of it is run
+            plan = intake.plans.get()
+            if plan is None:
+                over = True
+            else:
+                plans.append(plan)
+                runner.expect(plan)
+        if not plans:
+            return intake.end
+        result = _execute(runner, plans.popleft())
+        if runner.answers or result.error is not None:
+            mailbox.send(engine, result)
+        if result.error is not None:
+            return result.error
+        if seat.leader and time.monotonic() - reported_at > _REPORT_S:
+            reported_at = time.monotonic()
+            mailbox.send(engine, StageTimes(epoch, seat.stage, runner.times[:]))
+            runner.times.clear()
 
 
 def _execute(runner: Runner, plan: StepPlan) -> StepResult:

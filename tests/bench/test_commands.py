@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import __main__ as whole
-from bench import arrivals, batching, occupancy, offline, options, waste
+from bench import arrivals, batching, channel, occupancy, offline, options, waste
 from bench.contenders import Contender, continuous_generate, rayline, static_generate
 from bench.peers import PeerError
 from bench.report import Report, cpu_ticks, render, steal_share
@@ -137,6 +137,13 @@ def test_occupancy(tmp_path: Path) -> None:
     (rows,) = written(tmp_path, "occupancy")["tables"].values()
     assert [row["slots"] for row in rows] == [2, 4]
     assert all(float(row["static"].rstrip("%")) < float(row["continuous"].rstrip("%")) for row in rows)
+
+
+def test_channel(tmp_path: Path) -> None:
+    channel.main(["--messages", "3", "--rounds", "2", "--out", str(tmp_path)])
+    (rows,) = written(tmp_path, "channel")["tables"].values()
+    assert [row[""] for row in rows] == ["plain", "curve"]
+    assert all(0 < row["one way, us"] < row["round trip, us"] for row in rows)
 
 
 def test_a_trace_that_cannot_be_read_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

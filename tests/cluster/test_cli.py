@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from cluster.cli import resolve
+from cluster.cli import protect_ray, resolve
 from cluster.config import ConfigError
 from cluster.model import DEMO_MODEL
 
@@ -28,6 +29,25 @@ def refused(*words: str) -> str:
     return line
 
 
+def test_a_ray_of_our_own_gets_a_token_and_what_the_user_chose_stays() -> None:
+    fresh: dict[str, str] = {}
+    protect_ray(fresh)
+    another: dict[str, str] = {}
+    protect_ray(another)
+    assert fresh["RAY_AUTH_MODE"] == another["RAY_AUTH_MODE"] == "token"
+    assert len(fresh["RAY_AUTH_TOKEN"]) == 64
+    assert fresh["RAY_AUTH_TOKEN"] != another["RAY_AUTH_TOKEN"]
+    for kept in (
+        {"RAY_ADDRESS": "127.0.0.1:6379"},
+        {"RAY_AUTH_MODE": "disabled"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "mine"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/a/file"},
+    ):
+        environ = dict(kept)
+        protect_ray(environ)
+        assert environ == kept
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A copy of the demo to break."""
@@ -38,8 +58,10 @@ def model(tmp_path: Path) -> Path:
     ("words", "why"),
     [
         (["--no-such-option"], "--no-such-option"),
-        (["--tp", "2"], "tp is 2"),
-        (["--pp", "2"], "pp is 2"),
+        (["--tp", "0"], "tp is 0"),
+        (["--stage-layers", "3,x"], "stage_layers is '3,x'"),
+        (["--pp", "2", "--stage-layers", "1,2,1"], "stage_layers names 3 stages, but pp is 2"),
+        (["--name", "a b"], "name is 'a b'"),
         (["--dtype", "int3"], "int3"),
         (["--kv-memory", "much"], "much"),
         (["--max-num-seqs", "0"], "max_num_seqs is 0"),
@@ -49,6 +71,15 @@ def model(tmp_path: Path) -> Path:
 )
 def test_what_cannot_be_is_said_in_one_line(words: list[str], why: str) -> None:
     assert why in refused("serve", *words)
+
+
+def test_a_taken_port_is_named(model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = refused("serve", str(model), "--host", "127.0.0.1", "--port", "0", "--grpc-port", str(port))
+    assert f"port {port} (grpc_port; 0 does without gRPC)" in line
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

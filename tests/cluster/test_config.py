@@ -49,6 +49,8 @@ def test_plain_values_become_a_config() -> None:
         ({"model": "m", "modle": 1}, "unknown setting 'modle'"),
         ({"model": "m", "port": "80"}, "port is '80', but must be int"),
         ({"model": "m", "port": 70000}, "port is 70000"),
+        ({"model": "m", "grpc_port": -1}, "grpc_port is -1"),
+        ({"model": "m", "port": 9000}, "grpc_port and port are both 9000"),
         ({"model": "m", "port": True}, "port is True, but must be int"),
         ({"model": "m", "threads": 0}, "threads is 0"),
         ({"model": "m", "max_model_len": "x"}, "max_model_len is 'x', but must be int"),

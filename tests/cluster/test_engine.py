@@ -1,5 +1,6 @@
 """An engine's life-cycle, one message and one moment at a time."""
 
+import math
 from typing import TypeVar
 
 import pytest
@@ -15,6 +16,8 @@ from cluster.protocol import (
     Rejected,
     Released,
     RouterDown,
+    StageTime,
+    StageTimes,
     StepPlan,
     StepResult,
     Submit,
@@ -52,13 +55,13 @@ class Bench:
         self.look()
         return [message for _, message in self.sent if isinstance(message, kind)]
 
-    def tick(self, now: float) -> None:
-        """Let the time come to `now`, a second at a time."""
-        while self.now + 1.0 < now:
-            self.now += 1.0
+    def tick(self, now: float, frozen: frozenset[int] = frozenset()) -> None:
+        """Let the time come to `now`, a second at a time. Workers that are not `frozen` give a sign of life."""
+        steps = [self.now + step for step in range(1, math.ceil(now - self.now))]
+        for self.now in [*steps, now]:
+            for rank in set(range(self.engine.config.num_ranks)) - frozen:
+                self.engine.receive(Pong(self.engine.epoch, rank), self.now)
             self.engine.tick(self.now)
-        self.now = now
-        self.engine.tick(now)
 
 
 @pytest.fixture
@@ -110,18 +113,34 @@ def test_a_step_without_result_ends_the_epoch(serving: Bench) -> None:
     assert serving.started == [10, 11], "the first failure is no reason to wait"
 
 
-def test_an_idle_worker_is_pinged_and_given_up_when_silent(serving: Bench) -> None:
-    serving.tick(2.1)
-    assert len(serving.all(Ping)) == 1
-    serving.engine.receive(Pong(10, 0), 3.0)
-    serving.tick(4.9)
-    assert not serving.all(Ping)
-    serving.tick(5.1)
-    assert len(serving.all(Ping)) == 1
-    serving.tick(13.0)
-    assert serving.engine.epoch == 10
-    serving.tick(13.2)
-    assert serving.engine.epoch == 11
+@pytest.mark.parametrize("busy", [False, True])
+def test_every_rank_is_pinged_and_a_silent_one_ends_the_epoch(busy: bool) -> None:
+    bench = Bench(num_ranks=3)
+    for rank in range(3):
+        bench.engine.receive(ready(10, rank), 0.0)
+    bench.tick(100.0)
+    assert bench.engine.epoch == 10
+    bench.look()
+    bench.tick(102.1)
+    bench.look()
+    assert [address for address, message in bench.sent if isinstance(message, Ping)] == ["w0", "w1", "w2"]
+    if busy:  # a step may take longer than a worker may be silent
+        bench.engine.receive(Submit(10, request()), 102.1)
+    bench.tick(110.1, frozen=frozenset({1}))
+    assert bench.engine.epoch == 10
+    bench.tick(110.3, frozen=frozenset({1}))
+    assert bench.engine.epoch == 11
+    (message,) = [m for m in bench.all(EngineReport) if m.epoch == 11][:1]
+    assert message.reason == "no sign of life from worker 1 for 8 s"
+
+
+def test_the_time_of_each_stage_is_summed_up(serving: Bench) -> None:
+    for stage, seconds in ((0, 0.25), (1, 0.5), (0, 0.5)):
+        serving.engine.receive(StageTimes(10, stage, [StageTime(0, 5.0, 5.0 + seconds, 3)]), 1.0)
+    serving.engine.receive(StageTimes(9, 0, [StageTime(0, 5.0, 9.0, 3)]), 1.0)
+    serving.tick(2.5)
+    told = {m.labels: m.value for m in serving.all(EngineReport)[-1].metrics if m.name == "rayline:stage_compute_seconds_total"}
+    assert told == {(("engine", "e"), ("stage", "0")): 0.75, (("engine", "e"), ("stage", "1")): 0.5}
 
 
 def test_loading_is_given_up_in_time() -> None:

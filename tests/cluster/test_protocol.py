@@ -54,6 +54,7 @@ MESSAGES: list[Any] = [
     protocol.WorkerFailed(epoch=1, rank=0, reason="no memory"),
     protocol.Ping(1),
     protocol.Pong(1, 0),
+    protocol.StageTimes(1, 2, [protocol.StageTime(3, 0.5, 1.5, 64)]),
 ]
 UNIONS: list[Any] = [RouterMessage, SchedulerMessage, EngineMessage, WorkerMessage]
 

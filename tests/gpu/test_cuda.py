@@ -12,11 +12,12 @@ from bench.exactness import Case, Run
 from cluster.config import Config
 from cluster.model import open_model
 from kv.pool import KVPool
+from parallel.partition import partition
+from parallel.vocabulary import LogitsHead
 from tests.workers.driver import LENGTHS, MIXED, Driver, generate, greedy
 from tests.workers.models import KINDS, VOCAB, TinyModel, make_model, prompt
 from tests.workers.spans import make_span
 from workers.attention import PagedSpans, make_attention
-from workers.decoder import LogitsHead
 from workers.device import scratch_bytes, size_pool
 from workers.keys import position_keys, sequence_key
 from workers.noise import GumbelNoise
@@ -164,7 +165,7 @@ def test_blocks_are_copied_in_order() -> None:
 def test_logits_of_half_precision_are_not_rounded() -> None:
     torch.manual_seed(2)
     weight, hidden = torch.randn(1000, 64).bfloat16(), torch.randn(5, 64).bfloat16()
-    logits = LogitsHead(weight.to(GPU), torch.bfloat16)(hidden.to(GPU))
+    logits = LogitsHead(weight.to(GPU), [range(1000)], torch.bfloat16)(hidden.to(GPU))
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.cpu(), hidden.float() @ weight.float().T, atol=1e-4, rtol=1e-4)
 
@@ -174,9 +175,10 @@ def test_the_pool_leaves_room(models: dict[str, TinyModel]) -> None:
     config = Config(model="m", max_num_seqs=1 << 20, max_num_batched_tokens=1 << 20)
     torch.cuda.empty_cache()  # as size_pool does before it looks
     free = torch.cuda.mem_get_info()[0]
-    blocks = size_pool(Config(model="m"), shape, 256, torch.float32, GPU)
+    part = partition(shape)
+    blocks = size_pool(Config(model="m"), shape, part, 256, torch.float32, GPU)
     assert blocks == 64 * 16 + 1
-    taken = size_pool(config, shape, 256, torch.float32, GPU) * shape.kv_bytes_per_token(4) * config.block_size
+    taken = size_pool(config, shape, part, 256, torch.float32, GPU) * part.kv_bytes_per_token(shape, 4) * config.block_size
     room = scratch_bytes(config, shape, 256, torch.float32) + (1 << 30)
     assert taken > 0
     assert 0.89 * free < taken + room <= 0.9 * free

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.protocol import ClusterStatus, EngineStats, EngineStatus, MetricSample
+from cluster.channel import Mailbox
+from cluster.protocol import ClusterStatus, EngineStats, EngineStatus, MetricSample, PlaceAgain, RouterMessage
 from router.generation import ChoiceDelta, Generation, Unavailable
 from router.metrics import HELP, RouterMetrics, render
 from router.prepare import ServedModel
@@ -61,8 +62,11 @@ def test_histograms_and_counters() -> None:
     metrics.finished("stop", 5, 1.0)
     metrics.finished("abort", 1, 1.0)
     preempted = MetricSample("vllm:num_preemptions_total", (("engine", "a"),), 4.0)
+    with Mailbox[RouterMessage](RouterMessage, "127.0.0.1") as mailbox:
+        mailbox.send("nonsense", PlaceAgain())
+        channel = mailbox.samples("router")
     # Summing sorts by text: "+Inf" and "10.0" come before "2.5".
-    shuffled = sorted([*metrics.samples(), preempted], key=lambda sample: (sample.name, sample.labels))
+    shuffled = sorted([*metrics.samples(), preempted, *channel], key=lambda sample: (sample.name, sample.labels))
     text = render(cluster(shuffled), "tiny")
     samples = read(text)
     name = "vllm:time_to_first_token_seconds"
@@ -79,6 +83,8 @@ def test_histograms_and_counters() -> None:
     assert samples["vllm:request_success_total", (("finished_reason", "abort"),)] == 1
     assert samples["vllm:e2e_request_latency_seconds_count", ()] == 1, "only what was answered"
     assert samples["vllm:num_preemptions_total", (("engine", "a"),)] == 4
+    dropped = {labels: value for (key, labels), value in samples.items() if key == "rayline:messages_dropped_total"}
+    assert dropped == {(("direction", "in"), ("process", "router")): 0, (("direction", "out"), ("process", "router")): 1}
     types = {family.name: family.type for family in text_string_to_metric_families(text.decode())}
     assert types[name] == "histogram"
     assert types["vllm:prompt_tokens"] == types["vllm:num_preemptions"] == "counter"

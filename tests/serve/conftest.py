@@ -18,7 +18,8 @@ import openai
 import pytest
 
 from cluster.model import DEMO_MODEL
-from tests.serve.nodes import Nodes, free_port, marked
+from router.client import Client
+from tests.serve.nodes import Nodes, free_ports, marked
 
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60
@@ -33,6 +34,7 @@ class Server:
     process: "subprocess.Popen[bytes]"
     url: str
     log: Path
+    grpc_port: int
 
     def __post_init__(self) -> None:
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
@@ -40,6 +42,10 @@ class Server:
     def async_client(self) -> openai.AsyncOpenAI:
         """To be closed by the caller."""
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def grpc_client(self) -> Client:
+        """To be closed by the caller."""
+        return Client(f"127.0.0.1:{self.grpc_port}", timeout_s=120)
 
     def request(self, path: str, body: bytes | None = None) -> tuple[int, dict[str, str], bytes]:
         """(status, headers, body) of a GET, or of a POST of JSON."""
@@ -87,8 +93,10 @@ class Server:
 
 def start_server(log: Path, *options: str, nodes: Nodes | None = None, port: int = 0, prefix: str = "") -> Server:
     """`rayline serve` with `options`, ready to answer. On a cluster of its own, or on `nodes`; at a free port, or at `port`."""
-    port = port or free_port()
-    command = [sys.executable, "-m", "cluster.cli", "serve", *options, "--host", "127.0.0.1", "--port", str(port)]
+    free, grpc_port = free_ports(2)
+    port = port or free
+    command = [sys.executable, "-m", "cluster.cli", "serve", *options, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--grpc-port", str(grpc_port)]
     mark = {**os.environ, MARK: str(port)}
     if nodes is not None:
         mark |= nodes.environment
@@ -96,7 +104,7 @@ def start_server(log: Path, *options: str, nodes: Nodes | None = None, port: int
         command += ["--route-prefix", prefix]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=mark)
-    server = Server(process, f"http://127.0.0.1:{port}{prefix}", log)
+    server = Server(process, f"http://127.0.0.1:{port}{prefix}", log, grpc_port)
     end = time.monotonic() + START_TIMEOUT_S
     while True:
         assert process.poll() is None, log.read_text()

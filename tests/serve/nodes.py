@@ -3,6 +3,7 @@
 Run as a program it is that process: a JSON list [verb, argument ...] a line in, a JSON value a line out. It ends with its input.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -18,11 +19,13 @@ MARK = "RAYLINE_TEST_NODES"
 """Environment variable that all processes of the cluster inherit."""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_ports(count: int) -> list[int]:
+    """So many different ones, free on all addresses."""
+    with contextlib.ExitStack() as probes:
+        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind(("0.0.0.0", 0))
+        return [probe.getsockname()[1] for probe in sockets]
 
 
 def marked(mark: str) -> list[int]:
@@ -165,7 +168,7 @@ class Cluster(Driver):
         from ray.cluster_utils import Cluster as RayCluster
 
         settings = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3, "health_check_timeout_ms": 1000}
-        head = {"num_cpus": cpus[0], "gcs_server_port": free_port(), "_system_config": settings, "include_dashboard": False}
+        head = {"num_cpus": cpus[0], "gcs_server_port": free_ports(1)[0], "_system_config": settings, "include_dashboard": False}
         self._cluster = RayCluster(initialize_head=True, head_node_args=head)
         self._nodes = [self._cluster.add_node(num_cpus=number) for number in cpus[1:]]
         super().__init__(self._cluster.address)

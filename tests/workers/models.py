@@ -219,9 +219,15 @@ class TinyModel:
         return tokens
 
 
-def make_model(path: Path, kind: str, dtype: torch.dtype = torch.float32, vocab_size: int = VOCAB, **save: Any) -> TinyModel:
-    """Write a model of KINDS[kind] to `path`; its norms and biases are random too, so that none can be forgotten unseen."""
+def make_model(
+    path: Path, kind: str, dtype: torch.dtype = torch.float32, vocab_size: int = VOCAB, layers: int | None = None, **save: Any
+) -> TinyModel:
+    """Write a model of KINDS[kind] to `path`; its norms and biases are random too, so that none can be forgotten unseen.
+
+    layers: how many instead of the kind's own.
+    """
     family, sizes = KINDS[kind]
+    sizes = sizes | ({} if layers is None else {"num_hidden_layers": layers})
     torch.manual_seed(len(kind))
     config, model = FAMILIES[family]
     # Attention in transformers' own operators: its SDPA path drops the mask where it takes a window for wide enough.

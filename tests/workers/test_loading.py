@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from cluster.config import Config, ConfigError
 from cluster.model import open_model
+from parallel.partition import partition
 from tests.workers.driver import generate, greedy
 from tests.workers.models import MAX_LEN, TinyModel, make_model, prompt
 from workers.device import resolve_device, resolve_dtype, resolve_max_model_len, size_pool
@@ -99,9 +100,9 @@ def test_broken_files_are_refused(tiny_models: dict[str, TinyModel], tmp_path: P
 
 def test_a_bar_is_shown_only_when_asked_for(tiny_models: dict[str, TinyModel], capsys: pytest.CaptureFixture[str]) -> None:
     files = open_model(str(tiny_models["llama"].path))
-    load_decoder(files, torch.float32, CPU, MAX_LEN)
+    load_decoder(files, partition(files.shape), torch.float32, CPU, MAX_LEN)
     assert capsys.readouterr().err == ""
-    load_decoder(files, torch.float32, CPU, MAX_LEN, progress=True)
+    load_decoder(files, partition(files.shape), torch.float32, CPU, MAX_LEN, progress=True)
     assert "loading weights" in capsys.readouterr().err
 
 
@@ -142,7 +143,8 @@ def test_the_pool_takes_what_it_may_and_no_more_than_it_needs(
     block = 2 * 3 * 2 * 12 * 4 * 16  # K and V, layers, heads, head_dim, fp32, tokens
 
     def blocks(**settings: int) -> int:
-        return size_pool(Config(model="m", **settings), shape, MAX_LEN, torch.float32, CPU)  # type: ignore[arg-type]
+        config = Config(model="m", **settings)  # type: ignore[arg-type]
+        return size_pool(config, shape, partition(shape), MAX_LEN, torch.float32, CPU)
 
     assert blocks(kv_memory=10 * block) == 10
     assert blocks(kv_memory=11 * block - 1) == 10

@@ -85,6 +85,7 @@ def test_logits_are_made_in_slices(runner: ModelRunner, monkeypatch: pytest.Monk
     whole = told(runner, ids, [12], 2)
     sizes: list[int] = []
     original = runner.decoder.lm_head
+    assert original is not None
 
     def counting(hidden: torch.Tensor) -> torch.Tensor:
         sizes.append(len(hidden))

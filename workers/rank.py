@@ -1,0 +1,48 @@
+"""One rank of one epoch from start to end: mailbox, model, announcement, loop. What starts it may be Ray, a process or a test."""
+
+import logging
+
+from cluster.channel import Mailbox
+from cluster.config import Config, ConfigError
+from cluster.model import open_model
+from cluster.protocol import WorkerFailed, WorkerMessage, WorkerReady
+from parallel.mesh import Mesh
+from parallel.rendezvous import connect
+from workers.serve import Intake, serve_plans
+
+log = logging.getLogger(__name__)
+
+
+def run_rank(config: Config, rank: int, epoch: int, engine: str, store: str, secret: str, host: str) -> str:
+    """Load, announce, serve; returns why it ended.
+
+    engine: the address of its mailbox. store: where the ranks meet (see parallel.rendezvous), "" where there is one only.
+    secret: of the application's mailboxes. host: this node's own address.
+    """
+    seat = Mesh(config.tp, config.pp).seat(rank)
+    with Mailbox[WorkerMessage](WorkerMessage, host, secret=secret) as mailbox:
+        try:
+            from parallel.membership import Membership  # torch takes seconds to import: after the mailbox, inside the time-out
+            from workers.runner import load_runner
+
+            files = open_model(config.model, config.revision)
+            meeting = connect(store, epoch, config.load_timeout_s) if store else None
+            membership = Membership(seat, meeting, host, mailbox.address, config.load_timeout_s)
+            runner = load_runner(files, config, progress=seat.rank == 0, membership=membership)
+        except (ConfigError, MemoryError, OSError) as error:
+            log.error("could not load: %s", error)
+            mailbox.send(engine, WorkerFailed(epoch=epoch, rank=rank, reason=str(error)))
+            return str(error)
+        intake = Intake(mailbox, engine, epoch, rank, [runner.peers.mailboxes[follower] for follower in seat.followers])
+        try:
+            ready = WorkerReady(
+                epoch=epoch,
+                rank=rank,
+                address=mailbox.address,
+                num_blocks=runner.num_blocks,
+                max_model_len=runner.max_model_len,
+            )
+            mailbox.send(engine, ready)
+            return serve_plans(runner, intake, mailbox, engine, seat, epoch)
+        finally:
+            intake.close()
