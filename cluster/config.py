@@ -5,6 +5,8 @@ or a value out of range raises ConfigError, whose text is one clear line.
 """
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ Batching = Literal["continuous", "static", "static-skip"]
 Reservation = Literal["paged", "max_tokens", "contiguous"]
 PlacementPolicy = Literal["least_loaded", "round_robin"]
 
+_EDGE = frozenset(("name", "route_prefix", "host", "port", "grpc_port", "routers", "served_model_name", "request_timeout_s"))
+"""Settings that only routers and Serve work by."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -76,8 +80,13 @@ class Config:
     stage_layers: tuple[int, ...] | None = None
     """Layers of each stage, written 7,7,6. Default: balanced by cost, the lm_head counted."""
     engines: int = 1
+    """Copies of the model, each with its own workers."""
     routers: int = 1
     """Serve replicas of the router."""
+    name: str = "rayline"
+    """Of the Serve application that `rayline serve` runs; two with different names and prefixes can share a cluster."""
+    route_prefix: str = "/"
+    """Path below which this application answers, for `rayline serve`."""
     host: str = "0.0.0.0"
     port: int = 8000
     grpc_port: int = 9000
@@ -120,17 +129,30 @@ class Config:
             raise ConfigError(f"port is {self.port}, but ports go from 0 to 65535")
         if self.stage_layers is not None and len(self.stage_layers) != self.pp:
             raise ConfigError(f"stage_layers names {len(self.stage_layers)} stages, but pp is {self.pp}")
-        if self.engines > 1:
-            raise ConfigError(f"engines is {self.engines}, but only 1 is supported so far")
         if not 0 <= self.grpc_port <= 65535:
             raise ConfigError(f"grpc_port is {self.grpc_port}, but ports go from 0 to 65535")
         if self.grpc_port == self.port != 0:
             raise ConfigError(f"grpc_port and port are both {self.port}, but each needs a port of its own")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ConfigError(f"name is '{self.name}', but must be letters, digits, '.', '_' and '-'")
+        if not re.fullmatch(r"/|(/[A-Za-z0-9._~-]+)+", self.route_prefix):
+            raise ConfigError(f"route_prefix is '{self.route_prefix}', but must be / or begin and not end with it, as in /v2")
 
     @property
     def model_name(self) -> str:
         """The name under which clients ask for the model."""
         return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def num_ranks(self) -> int:
+        """Workers of one engine."""
+        return self.tp * self.pp
+
+    @property
+    def digest(self) -> str:
+        """Of all settings that scheduler and engines work by: equal for two configurations that can share them."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in _EDGE}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
