@@ -111,6 +111,8 @@ class Config:
     worker_timeout_s: float = 8.0
     """A worker that has not answered for so long is taken for frozen, cut off or dead: the epoch ends."""
     load_timeout_s: float = 600.0
+    timeline: str | None = None
+    """File to which each engine appends when its stages computed which plan, on its node; python -m bench.timeline draws it."""
     attention: Literal["torch", "reference"] = "torch"
 
     def __post_init__(self) -> None:
