@@ -5,9 +5,9 @@
 Each stage is a process of its own with a part of a small random Llama. Only its layers' arithmetic is replaced, by a sleep of
 fixed + tokens x token time: two cores then hold a pipeline as long as one likes. Everything else is what serves: the engine's state
 machine, the Batcher, plans over encrypted mailboxes, hidden states over gloo, the sampler. Compared are as many plans in flight as
-there are stages (what ships), one more (--plans-in-flight), and one plan in flight that takes all sequences (what a pipeline without
-ORCA's section 4.2 does), in turn. The bubble is taken from the stages' own account of when they computed, and again from the sleeps alone, for which all of our
-own work counts as idle.
+there are stages (what ships), one more (--plans-in-flight), and one plan in flight that takes all sequences (what a pipeline
+without ORCA's section 4.2 does), in turn. The bubble is taken from the stages' own account of when they computed, and again from
+the sleeps alone, for which all of our own work counts as idle.
 """
 
 import dataclasses
