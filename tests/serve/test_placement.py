@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from cluster.config import Config
@@ -118,7 +119,12 @@ def test_a_second_deploy_makes_no_second_set_and_delete_leaves_nothing(nodes: No
         time.sleep(0.1)  # deployed is not yet placed
     assert set(first["actors"]) - set(before["actors"]) == {f"{lease}/engine-0", f"{lease}/scheduler"}
     pids = sorted(nodes.processes("ray::SchedulerActor") + nodes.processes("ray::EngineActor"))
-    nodes.ask("deploy", "deployed", {**settings, "served_model_name": "again"})
+    client = openai.OpenAI(base_url=f"{pair.url}/deployed/v1", api_key="none", max_retries=0)
+    stream: Any = client.completions.create(model="demo", prompt="x", max_tokens=400, stream=True, extra_body={"ignore_eos": True})
+    with client, concurrent.futures.ThreadPoolExecutor(1) as reader:
+        chunks = reader.submit(list, stream)
+        nodes.ask("deploy", "deployed", {**settings, "served_model_name": "again"})
+        assert chunks.result(timeout=60)[-1].choices[0].finish_reason == "length", "a redeploy cuts no stream"
     assert nodes.left()["actors"] == first["actors"]
     assert sorted(nodes.processes("ray::SchedulerActor") + nodes.processes("ray::EngineActor")) == pids
     nodes.ask("deploy", "deployed", {**settings, "max_num_seqs": 3})
