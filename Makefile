@@ -11,7 +11,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if 
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test chaos bench check grid proto fuzz clean
+.PHONY: serve test grid chaos bench check proto fuzz clean
 
 serve: $(VENV)/.serve
 	@exec $(VENV)/bin/rayline serve $(ARGS)

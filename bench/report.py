@@ -192,6 +192,22 @@ def draw_lines(
     _write(plot, figure, path)
 
 
+def draw_spans(path: Path, title: str, x_label: str, y_label: str, spans: Sequence[tuple[int, float, float, int]]) -> None:
+    """Rows of bars as a PNG: (row, start, length, number), coloured by number."""
+    plot, figure, axes = _figure(title)
+    colours = plot.get_cmap("tab10").colors
+    for row in sorted({span[0] for span in spans}):
+        own = [span for span in spans if span[0] == row]
+        axes.broken_barh(
+            [(start, length) for _, start, length, _ in own],
+            (row - 0.4, 0.8),
+            facecolors=[colours[number % len(colours)] for *_, number in own],
+        )
+    axes.set(xlabel=x_label, ylabel=y_label, yticks=sorted({span[0] for span in spans}))
+    axes.invert_yaxis()
+    _write(plot, figure, path)
+
+
 def draw_bars(path: Path, title: str, panels: Mapping[str, Mapping[str, float]]) -> None:
     """One panel of horizontal bars for each measure, {measure: {name: value}}, as a PNG. The first one has all names."""
     plot, figure, axes = _figure(title, columns=len(panels))

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import ray
 import zmq
@@ -18,7 +19,8 @@ from cluster.config import Config, batch_settings
 from cluster.engine import Engine, EngineConfig, KillWorkers, Send, StartWorkers
 from cluster.finder import SCHEDULER, Finder, find_actor, named_actors
 from cluster.fleet import Died, Fleet, Waiting
-from cluster.protocol import EngineMessage, SchedulerMessage
+from cluster.protocol import EngineMessage, SchedulerMessage, StageTimes
+from cluster.recorder import Recorder
 from cluster.scheduler import GlobalScheduler, SchedulerConfig
 
 TICK_S = 0.2
@@ -116,6 +118,7 @@ class EngineActor:
         self._engine = Engine(settings, time.time_ns() // 1_000_000, time.monotonic())
         self._fleet = Fleet(config, name, lease, self._mailbox.address, secret)
         self._finder = Finder(lease)
+        self._recorder = Recorder(Path(config.timeline), name) if config.timeline is not None else None
         _start(self._run, name)
 
     def address(self) -> str:
@@ -134,6 +137,8 @@ class EngineActor:
             now = time.monotonic()
             if message is not None:
                 self._engine.receive(message, now)
+            if isinstance(message, StageTimes) and self._recorder is not None:
+                self._recorder.write(message)
             if now >= next_tick:
                 next_tick = now + TICK_S
                 self._look_around(now)

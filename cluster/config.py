@@ -41,7 +41,9 @@ class BatchConfig:
     max_num_batched_tokens: int = 512
     """Most tokens of one iteration."""
     pp: int = 1
-    """Pipeline stages = plans in flight."""
+    """Pipeline stages."""
+    plans_in_flight: int | None = None
+    """Default: as many as stages (ORCA, section 4.2)."""
     batching: Batching = "continuous"
     reservation: Reservation = "paged"
 
@@ -50,6 +52,11 @@ class BatchConfig:
         if self.num_blocks < 2:
             raise ConfigError(f"num_blocks is {self.num_blocks}, but a pool needs the null block and at least one more")
         _check_budget(self)
+
+    @property
+    def depth(self) -> int:
+        """How many plans may be in flight."""
+        return self.plans_in_flight or self.pp
 
     @property
     def pool_tokens(self) -> int:
@@ -76,9 +83,11 @@ class Config:
     tp: int = 1
     """Tensor parallelism: ranks that share every layer."""
     pp: int = 1
-    """Pipeline parallelism: stages of layers, and plans in flight."""
+    """Pipeline parallelism: stages of layers."""
     stage_layers: tuple[int, ...] | None = None
     """Layers of each stage, written 7,7,6. Default: balanced by cost, the lm_head counted."""
+    plans_in_flight: int | None = None
+    """Default: as many as stages. One more hides the engine's own time where stages are fast, with fewer sequences in each plan."""
     engines: int = 1
     """Copies of the model, each with its own workers."""
     routers: int = 1
@@ -111,6 +120,8 @@ class Config:
     worker_timeout_s: float = 8.0
     """A worker that has not answered for so long is taken for frozen, cut off or dead: the epoch ends."""
     load_timeout_s: float = 600.0
+    timeline: str | None = None
+    """File to which each engine appends when its stages computed which plan, on its node; python -m bench.timeline draws it."""
     attention: Literal["torch", "reference"] = "torch"
 
     def __post_init__(self) -> None:
@@ -119,7 +130,7 @@ class Config:
         numbers = ("tp", "pp", "engines", "routers", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_queue")
         _at_least_one(self, *numbers)
         _check_budget(self)
-        for name in ("max_model_len", "kv_memory", "threads"):
+        for name in ("max_model_len", "kv_memory", "threads", "plans_in_flight"):
             if getattr(self, name) is not None:
                 _at_least_one(self, name)
         for name in ("request_timeout_s", "step_timeout_s", "worker_timeout_s", "load_timeout_s"):

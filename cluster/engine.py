@@ -316,7 +316,7 @@ class Engine:
     def _pump(self, now: float) -> None:
         """ORCA's loop: launch until as many plans are in flight as there are stages."""
         epoch, batcher = self._epoch, self.batcher
-        while batcher is not None and len(batcher.in_flight) < self.config.batch.pp:
+        while batcher is not None and len(batcher.in_flight) < batcher.config.depth:
             idle = not batcher.in_flight
             plan = batcher.schedule(now)
             if plan is None:

@@ -36,8 +36,8 @@ def served(config: Config, stop: threading.Event) -> Iterator[str]:
     """Serve `config.model` over HTTP and gRPC while the context lasts; yields HTTP's base URL. SIGINT and SIGTERM set `stop`.
 
     Uses the Ray cluster that RAY_ADDRESS names, and its Serve proxies if they run, else starts one on this machine (authenticated
-    as protect_ray() says, if it was called before Ray was imported). Raises ConfigError where a port is taken, or the name or the
-    route prefix by another application of that cluster.
+    as protect_ray() says, if it was called before Ray was imported). Raises ConfigError where a port is taken, or the name or route
+    prefix by another application of that cluster.
     """
     ours = "RAY_ADDRESS" not in os.environ
     if ours:

@@ -33,8 +33,8 @@ def ensure_cluster(config: Config, application: str, secret: str = "") -> tuple[
     """Find the application's scheduler and engines, or start them; returns the scheduler's address and the mailboxes' secret.
 
     `secret`: the one to use where a scheduler has to be made, for a caller that has a mailbox already. May be called by many
-    processes at once. Does not wait for engines to load: until one has, requests queue and /health says 503.
-    Raises ConfigError where the model is missing on a node that could run it.
+    processes at once. Does not wait for engines to load: until one has, requests queue and /health says 503. Raises
+    ConfigError where the model is missing on a node that could run it.
     """
     lease = namespace_of(application, config)
     resolved = on_device(config)

@@ -1,6 +1,8 @@
 """One rank of one epoch from start to end: mailbox, model, announcement, loop. What starts it may be Ray, a process or a test."""
 
 import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from cluster.channel import Mailbox
 from cluster.config import Config, ConfigError
@@ -10,14 +12,26 @@ from parallel.mesh import Mesh
 from parallel.rendezvous import connect
 from workers.serve import Intake, serve_plans
 
+if TYPE_CHECKING:
+    from workers.runner import ModelRunner
+
 log = logging.getLogger(__name__)
 
 
-def run_rank(config: Config, rank: int, epoch: int, engine: str, store: str, secret: str, host: str) -> str:
+def run_rank(
+    config: Config,
+    rank: int,
+    epoch: int,
+    engine: str,
+    store: str,
+    secret: str,
+    host: str,
+    adapt: "Callable[[ModelRunner], None]" = lambda runner: None,
+) -> str:
     """Load, announce, serve; returns why it ended.
 
     engine: the address of its mailbox. store: where the ranks meet (see parallel.rendezvous), "" where there is one only.
-    secret: of the application's mailboxes. host: this node's own address.
+    secret: of the application's mailboxes. host: this node's own address. adapt: called with what was loaded, for benchmarks.
     """
     seat = Mesh(config.tp, config.pp).seat(rank)
     with Mailbox[WorkerMessage](WorkerMessage, host, secret=secret) as mailbox:
@@ -33,6 +47,7 @@ def run_rank(config: Config, rank: int, epoch: int, engine: str, store: str, sec
             log.error("could not load: %s", error)
             mailbox.send(engine, WorkerFailed(epoch=epoch, rank=rank, reason=str(error)))
             return str(error)
+        adapt(runner)
         intake = Intake(mailbox, engine, epoch, rank, [runner.peers.mailboxes[follower] for follower in seat.followers])
         try:
             ready = WorkerReady(

@@ -112,22 +112,27 @@ def serve_plans(runner: Runner, intake: Intake, mailbox: Mailbox[WorkerMessage],
     reported_at = time.monotonic()
     while True:
         while not over and not (plans and intake.plans.empty()):  # all that has come is expected before the first of it is run
-            plan = intake.plans.get()
+            try:
+                plan = intake.plans.get(timeout=_REPORT_S)
+            except queue.Empty:
+                break
             if plan is None:
                 over = True
             else:
                 plans.append(plan)
                 runner.expect(plan)
-        if not plans:
+        if plans:
+            result = _execute(runner, plans.popleft())
+            if runner.answers or result.error is not None:
+                mailbox.send(engine, result)
+            if result.error is not None:
+                return result.error
+        elif over:
             return intake.end
-        result = _execute(runner, plans.popleft())
-        if runner.answers or result.error is not None:
-            mailbox.send(engine, result)
-        if result.error is not None:
-            return result.error
-        if seat.leader and time.monotonic() - reported_at > _REPORT_S:
+        if runner.times and time.monotonic() - reported_at > _REPORT_S:
             reported_at = time.monotonic()
-            mailbox.send(engine, StageTimes(epoch, seat.stage, runner.times[:]))
+            if seat.leader:
+                mailbox.send(engine, StageTimes(epoch, seat.stage, runner.times[:]))
             runner.times.clear()
 
 

@@ -223,6 +223,9 @@ def test_counters_outlive_their_process_but_count_once(bench: Bench) -> None:
     assert total() == 8
     bench.receive(report(epoch=3, metrics=counted(3.0)))
     assert total() == 10, "the same process again, wrongly taken for dead: 5 + 3 + 2"
+    for value in (1.0, 4.0):
+        bench.scheduler.counted("scheduler", counted(value))
+    assert total() == 14, "the process's own are the latest totals too"
 
 
 def test_round_robin_takes_turns() -> None:
