@@ -73,6 +73,7 @@ class SchedulerActor:
                 self._scheduler.receive(message, now)
             if now >= next_tick:
                 next_tick = now + TICK_S
+                self._scheduler.counted(SCHEDULER, self._mailbox.samples(SCHEDULER))
                 self._scheduler.tick(now)
                 if self._scheduler.lease_over(now):
                     self._end()

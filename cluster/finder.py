@@ -1,5 +1,6 @@
 """Finding an application's actors by their names."""
 
+import re
 import threading
 import time
 from typing import Any
@@ -23,6 +24,12 @@ def find_actor(name: str, lease: str) -> Any | None:
 def named_actors(lease: str) -> list[str]:
     """Names of the actors in the namespace `lease`."""
     return [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == lease]
+
+
+def leases_of(application: str) -> list[str]:
+    """Namespaces of the sets of actors that exist for the application of this name."""
+    spaces = {actor["namespace"] for actor in ray.util.list_named_actors(all_namespaces=True)}
+    return sorted(space for space in spaces if re.fullmatch(re.escape(application) + "-[0-9a-f]{8}", space))
 
 
 class Finder:

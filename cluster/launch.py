@@ -23,7 +23,7 @@ from cluster.actors import end_actors
 from cluster.bundles import cpus_needed
 from cluster.config import Config, ConfigError
 from cluster.engine import LOAD_FAILED
-from cluster.finder import SCHEDULER, find_actor
+from cluster.finder import SCHEDULER, find_actor, leases_of
 from cluster.reconcile import ensure_cluster, namespace_of
 
 _SERVE_NAMESPACE = "serve"
@@ -92,12 +92,18 @@ def _local_resources(config: Config) -> dict[str, Any]:
 
 
 def _check_name(config: Config, lease: str) -> None:
-    """Raise ConfigError where the cluster serves something else by this name. The same is taken over: its owner may have died."""
+    """Raise ConfigError where the cluster serves something else by this name. The same is taken over: its owner may have died.
+
+    What is left of others by this name, killed before Serve knew of them, is ended.
+    """
     if config.name in serve.status().applications and find_actor(SCHEDULER, lease) is None:
         raise ConfigError(
             f"this cluster already serves an application called '{config.name}' with other settings: "
             "take another --name and --route-prefix, or end that one first"
         )
+    for other in leases_of(config.name):
+        if other != lease and config.name not in serve.status().applications:
+            end_actors(other)
 
 
 def _end_application(name: str, lease: str) -> None:

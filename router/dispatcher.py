@@ -45,7 +45,7 @@ class Dispatcher:
         self._stopping = True
         if self._ticker is not None:
             self._ticker.cancel()
-            self._mailbox.send(self._scheduler, RouterHello(self._mailbox.address, self._metrics(), leaving=True))
+            self._hello(leaving=True)
         if self._receiver is not None:
             await asyncio.to_thread(self._receiver.join)
         self._mailbox.close()
@@ -137,11 +137,13 @@ class Dispatcher:
             self._journal.tick(now)
             if now >= next_hello:
                 next_hello = now + HELLO_S
-                self._mailbox.send(
-                    self._scheduler, RouterHello(self._mailbox.address, [*self._metrics(), *self._mailbox.samples("router")])
-                )
+                self._hello()
             self._flush()
             await asyncio.sleep(TICK_S)
+
+    def _hello(self, leaving: bool = False) -> None:
+        counted = [*self._metrics(), *self._mailbox.samples("router")]
+        self._mailbox.send(self._scheduler, RouterHello(self._mailbox.address, counted, leaving))
 
     def _flush(self) -> None:
         for send in self._journal.take_messages():

@@ -100,6 +100,8 @@ def start_server(log: Path, *options: str, nodes: Nodes | None = None, port: int
     mark = {**os.environ, MARK: str(port)}
     if nodes is not None:
         mark |= nodes.environment
+    if "--threads" not in options:  # more of them wait for each other on a machine that others use
+        command += ["--threads", "1"]
     if prefix:
         command += ["--route-prefix", prefix]
     with log.open("wb") as output:

@@ -6,6 +6,7 @@ Run as a program it is that process: a JSON list [verb, argument ...] a line in,
 import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -20,12 +21,15 @@ MARK = "RAYLINE_TEST_NODES"
 
 
 def free_ports(count: int) -> list[int]:
-    """So many different ones, free on all addresses."""
+    """So many different ones, free on all addresses, below those that systems give out by themselves: there Ray takes many."""
     with contextlib.ExitStack() as probes:
-        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
-        for probe in sockets:
-            probe.bind(("0.0.0.0", 0))
-        return [probe.getsockname()[1] for probe in sockets]
+        found: list[int] = []
+        while len(found) < count:
+            probe, port = probes.enter_context(socket.socket()), random.randint(20000, 30000)
+            with contextlib.suppress(OSError):
+                probe.bind(("0.0.0.0", port))
+                found.append(port)
+        return found
 
 
 def marked(mark: str) -> list[int]:
@@ -139,6 +143,13 @@ class Driver:
             if actor["ActorClassName"] == "Worker" and actor["State"] != "DEAD"
         ]
         return {"actors": sorted(actors), "groups": sorted(groups), "workers": sorted(workers)}
+
+    def kill(self, actor: str) -> None:
+        """Of a named actor (as left() tells it), for good."""
+        import ray
+
+        namespace, _, name = actor.partition("/")
+        ray.kill(ray.get_actor(name, namespace=namespace))
 
     def deploy(self, name: str, args: dict[str, Any]) -> None:
         """As `serve deploy` does with a YAML file's application of that name."""

@@ -101,6 +101,16 @@ def test_a_frozen_engine_is_replaced_and_its_workers_and_group_go(cluster: Nodes
     assert len(set(after["workers"]) & set(before["workers"])) == 1
 
 
+def test_a_scheduler_killed_for_good_is_made_anew_and_finds_its_engines(cluster: Nodes, pair: Server) -> None:
+    """At another port, but with the same secret."""
+    before = cluster.left()
+    (scheduler,) = [actor for actor in before["actors"] if actor.endswith("/scheduler")]
+    all_streams(pair, functools.partial(cluster.ask, "kill", scheduler))
+    assert len(streamed(pair, 0)) == TOKENS
+    wait_for(lambda: ready(pair) == 2)
+    assert cluster.left() == before
+
+
 def test_nodes_die_under_thirty_streams(cluster: Nodes, pair: Server) -> None:
     """Any node but those of the head and of the router, whose clients would have to come again."""
     numbers = [0, 1, 2]

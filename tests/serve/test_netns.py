@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,12 +147,13 @@ import json, sys, time, urllib.request
 url = sys.argv[1]
 for attempt in range(600):
     try:
-        if b'"ready":2' in urllib.request.urlopen(url + "/health", timeout=5).read():
+        if b'"ready":' + sys.argv[2].encode() in urllib.request.urlopen(url + "/health", timeout=5).read():
             break
     except OSError:
         pass
     time.sleep(0.2)
-body = {"model": "demo", "prompt": "def main(", "max_tokens": 50, "stream": True, "ignore_eos": True, "return_token_ids": True}
+body = {"model": "demo", "prompt": "def main(", "max_tokens": 50, "temperature": 0, "stream": True}
+body |= {"ignore_eos": True, "return_token_ids": True}
 request = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
 tokens = []
 for line in urllib.request.urlopen(request, timeout=60):
@@ -163,33 +164,52 @@ print(json.dumps(tokens))
 
 
 def test_deploy_over_two_nodes_and_delete_leaves_nothing(net: Net) -> None:
-    settings = {"model": str(DEMO_MODEL), "served_model_name": "demo", "engines": 2, "dtype": "float32", "kv_memory": "8MiB"}
+    """Two engines, one on each node; the same again; one engine with a rank on each node, tensor-parallel and as two stages."""
+    settings = {"model": str(DEMO_MODEL), "served_model_name": "demo", "dtype": "float32", "kv_memory": "8MiB"}
     file = net.directory / "deploy.json"  # JSON is YAML
-    application = {"name": "app", "route_prefix": "/", "import_path": "router.app:build", "args": settings}
-    http = {"host": "0.0.0.0", "port": PORT}
-    file.write_text(json.dumps({"proxy_location": "EveryNode", "http_options": http, "applications": [application]}))
-    inside = net.inside(0)
-    with Nodes(net.directory, address=f"{HEAD}:6379", prefix=inside) as nodes:
-        end = time.monotonic() + 60
-        while nodes.ask("alive") != [HEAD, OTHER]:
-            assert time.monotonic() < end
-        net.run(0, "serve", "deploy", str(file))
-        assert len(json.loads(net.run(1, sys.executable, "-c", CLIENT, f"http://{HEAD}:{PORT}"))) == 50
-        first = nodes.left()
-        assert len(first["actors"]) == 3
-        assert len(first["groups"]) == 2
-        assert [sum(title.startswith("ray::Worker") for title in net.ours(side)) for side in (0, 1)] == [1, 1]
+    answers = []
 
-        application["args"] = {**settings, "request_timeout_s": 500}
+    def deploy(ready: int, **changes: object) -> None:
+        application = {"name": "app", "route_prefix": "/", "import_path": "router.app:build", "args": {**settings, **changes}}
+        http = {"host": "0.0.0.0", "port": PORT}
         file.write_text(json.dumps({"proxy_location": "EveryNode", "http_options": http, "applications": [application]}))
         net.run(0, "serve", "deploy", str(file))
-        time.sleep(10)
-        assert len(json.loads(net.run(1, sys.executable, "-c", CLIENT, f"http://{HEAD}:{PORT}"))) == 50
+        answers.append(json.loads(net.run(1, sys.executable, "-c", CLIENT, f"http://{HEAD}:{PORT}", str(ready))))
+
+    with Nodes(net.directory, address=f"{HEAD}:6379", prefix=net.inside(0)) as nodes:
+        wait_for(lambda: nodes.ask("alive") == [HEAD, OTHER])
+        deploy(2, engines=2)
+        first = nodes.left()
+        assert (len(first["actors"]), len(first["groups"])) == (3, 2)
+        assert workers(net) == [1, 1]
+
+        deploy(2, engines=2, request_timeout_s=500)
+        wait_for(lambda: len(routers(net)) == 1)
         assert nodes.left() == first
+
+        for changes in ({"tp": 2}, {"pp": 2}):
+            deploy(1, **changes)
+            wait_for(lambda: len(nodes.left()["actors"]) == 2 and workers(net) == [1, 1])
+            answers.append(json.loads(net.run(1, sys.executable, "-c", CLIENT, f"http://{HEAD}:{PORT}", "1")))
+        assert [len(answer) for answer in answers] == [50] * len(answers)
+        assert len({tuple(answer) for answer in answers}) == 1, "greedy in fp32: the same whatever it ran on"
 
         nodes.ask("delete", "app")
         nodes.wait_until_left({"actors": [], "groups": [], "workers": []})
-        end = time.monotonic() + 10
-        while net.ours(0) + net.ours(1):
-            assert time.monotonic() < end, net.ours(0) + net.ours(1)
-            time.sleep(0.2)
+        wait_for(lambda: not net.ours(0) + net.ours(1), 10)
+
+
+def workers(net: Net) -> list[int]:
+    """How many run on each side."""
+    return [sum(title.startswith("ray::Worker") for title in net.ours(side)) for side in (0, 1)]
+
+
+def routers(net: Net) -> list[str]:
+    return [title for title in net.ours(0) + net.ours(1) if title.startswith("ray::ServeReplica")]
+
+
+def wait_for(reached: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.2)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from cluster.config import Config
@@ -45,15 +46,15 @@ def test_two_engines_share_the_requests(nodes: Nodes, pair: Server) -> None:
 
     def ask(number: int) -> Any:
         return pair.client.completions.create(
-            model="demo", prompt=f"def f{number}(", max_tokens=100, extra_body={"ignore_eos": True}
+            model="demo", prompt=f"def f{number}(", max_tokens=50, extra_body={"ignore_eos": True}
         )
 
     with concurrent.futures.ThreadPoolExecutor(8) as clients:
-        assert all(answer.usage.completion_tokens == 100 for answer in clients.map(ask, range(8)))
-    pair.wait_for_at_least("rayline:computed_tokens_total", 800)
+        assert all(answer.usage.completion_tokens == 50 for answer in clients.map(ask, range(8)))
+    pair.wait_for_at_least("rayline:computed_tokens_total", 400)
     took = [after - before.get(engine, 0.0) for engine, after in iterations(pair).items()]
     assert len(took) == 2
-    assert min(took) > 50
+    assert min(took) > 25
     left = nodes.left()
     lease = left["actors"][0].split("/")[0]
     assert left["actors"] == [f"{lease}/{name}" for name in ("engine-0", "engine-1", "scheduler")]
@@ -91,7 +92,7 @@ def test_two_commands_with_names_of_their_own_share_a_proxy(nodes: Nodes, pair: 
 
 def test_what_is_missing_is_said_and_ends_the_command(nodes: Nodes, pair: Server) -> None:
     before = nodes.left()
-    done = rayline(nodes, "--threads", "3", "--load-timeout-s", "5", "--name", "wide", "--route-prefix", "/wide")
+    done = rayline(nodes, "--threads", "3", "--load-timeout-s", "4", "--name", "wide", "--route-prefix", "/wide")
     assert done.returncode == 2, done.stderr
     said = done.stderr.splitlines()[-1]
     assert "waiting for resources: 1 bundle of 3 CPU; free now: node " in said
@@ -118,7 +119,12 @@ def test_a_second_deploy_makes_no_second_set_and_delete_leaves_nothing(nodes: No
         time.sleep(0.1)  # deployed is not yet placed
     assert set(first["actors"]) - set(before["actors"]) == {f"{lease}/engine-0", f"{lease}/scheduler"}
     pids = sorted(nodes.processes("ray::SchedulerActor") + nodes.processes("ray::EngineActor"))
-    nodes.ask("deploy", "deployed", {**settings, "served_model_name": "again"})
+    client = openai.OpenAI(base_url=f"{pair.url}/deployed/v1", api_key="none", max_retries=0)
+    stream: Any = client.completions.create(model="demo", prompt="x", max_tokens=400, stream=True, extra_body={"ignore_eos": True})
+    with client, concurrent.futures.ThreadPoolExecutor(1) as reader:
+        chunks = reader.submit(list, stream)
+        nodes.ask("deploy", "deployed", {**settings, "served_model_name": "again"})
+        assert chunks.result(timeout=60)[-1].choices[0].finish_reason == "length", "a redeploy cuts no stream"
     assert nodes.left()["actors"] == first["actors"]
     assert sorted(nodes.processes("ray::SchedulerActor") + nodes.processes("ray::EngineActor")) == pids
     nodes.ask("deploy", "deployed", {**settings, "max_num_seqs": 3})
