@@ -1,5 +1,6 @@
 # make serve [ARGS="MODEL --option value ..."]   serve a model (default: the bundled demo) on port 8000
 # make test  [ARGS="-k name ..."]                run the tests
+# make chaos [ARGS="-k name ..."]                the slow tests of deaths: nodes, frozen processes, network namespaces (those as root)
 # make bench [ARGS="--trace FILE --model DIR"]   techniques against their baselines, tables, JSON and PNG in build/bench
 # make check                                     ruff, mypy --strict, import-linter
 # make grid                                      every family on every tp x pp, in process and over HTTP
@@ -10,13 +11,16 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if 
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: serve test bench check grid proto fuzz clean
+.PHONY: serve test grid chaos bench check proto fuzz clean
 
 serve: $(VENV)/.serve
 	@exec $(VENV)/bin/rayline serve $(ARGS)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+chaos: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -m chaos --timeout=900 tests/serve $(ARGS)
 
 bench: $(VENV)/.test
 	$(VENV)/bin/python -m bench $(ARGS)

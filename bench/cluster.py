@@ -136,7 +136,7 @@ class Bench:
                 self._device = "cuda" if resources.get("GPU", 0) else "cpu"
             self.report.say(f"device {self._device}; Ray counts {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs")
             self.report.record("device", self._device)
-            self._check_resources(resources)
+            self._look_at_resources(resources)
             meshes = list(dict.fromkeys(grid.mesh for grid in grids if grid.mesh.size > 1))
             if self._arguments.skip_check or not meshes:
                 return
@@ -148,16 +148,17 @@ class Bench:
                 name = "NCCL" if self._device == "cuda" else "gloo"
                 self.report.table(f"exchanges between ranks over {name}: values right, and", COLUMNS, rows)
 
-    def _check_resources(self, resources: dict[str, float]) -> None:
+    def _look_at_resources(self, resources: dict[str, float]) -> None:
+        """Say what will have to wait. It is no error: an autoscaler may bring more."""
         kind = "GPU" if self._device == "cuda" else "CPU"
         if kind == "CPU" and "RAY_ADDRESS" not in os.environ:
             return  # a Ray of our own gives out as many as are asked for
         each = 1 if kind == "GPU" else self._config.threads or 1
-        largest = max(self._configs, key=lambda grid: grid.ranks)
-        if (wanted := largest.ranks * each) > resources.get(kind, 0):
-            raise ConfigError(
-                f"{largest} takes {wanted} {kind}s, but the cluster has {resources.get(kind, 0):g}; leave it out of --grids"
-            )
+        for grid in self._configs:
+            if (wanted := grid.ranks * each) > resources.get(kind, 0):
+                self.report.say(
+                    f"{grid} takes {wanted} {kind}s, the cluster has {resources.get(kind, 0):g} so far: it will wait for more"
+                )
 
     def _same_tokens(self) -> None:
         """Raises CheckError where tokens must agree and don't."""

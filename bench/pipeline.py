@@ -5,9 +5,9 @@
 Each stage is a process of its own with a part of a small random Llama. Only its layers' arithmetic is replaced, by a sleep of
 fixed + tokens x token time: two cores then hold a pipeline as long as one likes. Everything else is what serves: the engine's state
 machine, the Batcher, plans over encrypted mailboxes, hidden states over gloo, the sampler. Compared are as many plans in flight as
-there are stages (what ships) with one plan in flight that takes all sequences (what a pipeline without ORCA's section 4.2 does), in
-turn. The bubble is taken from the stages' own account of when they computed, and again from the sleeps alone, for which all of our
-own work counts as idle.
+there are stages (what ships), one more (--plans-in-flight), and one plan in flight that takes all sequences (what a pipeline
+without ORCA's section 4.2 does), in turn. The bubble is taken from the stages' own account of when they computed, and again from
+the sleeps alone, for which all of our own work counts as idle.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ def decode(pipeline: "Pipeline", arguments: Namespace, report: Report) -> None:
     """Steady decoding of 64 and of 16 requests."""
     rows: list[list[Cell]] = []
     for requests in (64, 16):
-        runs: dict[int, list[Steady]] = {pipeline.num_stages: [], 1: []}
+        runs: dict[int, list[Steady]] = {pipeline.num_stages: [], pipeline.num_stages + 1: [], 1: []}
         for _ in range(arguments.repetitions):
             for in_flight, done in runs.items():
                 done.append(steady(pipeline, in_flight, requests, arguments.output_tokens))
@@ -82,7 +82,7 @@ def decode(pipeline: "Pipeline", arguments: Namespace, report: Report) -> None:
 def single(pipeline: "Pipeline", arguments: Namespace, report: Report) -> None:
     """The prefill of one long prompt, whose chunks follow each other through the stages."""
     rows: list[list[Cell]] = []
-    runs: dict[int, list[tuple[float, float, int]]] = {pipeline.num_stages: [], 1: []}
+    runs: dict[int, list[tuple[float, float, int]]] = {pipeline.num_stages: [], pipeline.num_stages + 1: [], 1: []}
     for _ in range(arguments.repetitions):
         for in_flight, done in runs.items():
             trace = pipeline.run(in_flight, [ask("long", arguments.long_prompt, 1)], until=lambda trace: trace.finished == 1)
@@ -243,7 +243,7 @@ class Pipeline:
     def run(self, in_flight: int, requests: Sequence[Request], until: Callable[[Trace], bool]) -> Trace:
         """A new engine that keeps `in_flight` plans in the pipeline, until all is as `until` wants it and all times are told."""
         blocks, longest = min(r.num_blocks for r in self._ready), self._ready[0].max_model_len
-        batch: BatchConfig = dataclasses.replace(batch_settings(self._config, blocks, longest), pp=in_flight)
+        batch: BatchConfig = dataclasses.replace(batch_settings(self._config, blocks, longest), plans_in_flight=in_flight)
         settings = EngineConfig("bench", self._mailbox.address, SCHEDULER, batch, num_ranks=self.num_stages)
         engine = Engine(settings, EPOCH, time.monotonic())
         trace = Trace(counts={request.id: 0 for request in requests})

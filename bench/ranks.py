@@ -15,10 +15,15 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from bench.collectives import Case, ExchangeError, Measured, Outcome, Rank, cases, check
+from cluster.bundles import Bundles, bundles_for, missing
+from cluster.config import Config
+from cluster.nodes import alive_nodes, free_resources
 from parallel.membership import Membership
 from parallel.mesh import Mesh, Seat
 from parallel.rendezvous import StoreServer, connect
 
+PLACE_S = 600.0
+"""Until the cluster has room for all ranks; it may have to start nodes."""
 JOIN_S = 300.0
 """Until all ranks have a process, have imported torch and formed their groups."""
 EXCHANGE_S = 60.0
@@ -65,14 +70,13 @@ class RankActor:
 def check_mesh(mesh: Mesh, device: str, todo: Sequence[Case] | None = None, exchange_s: float = EXCHANGE_S) -> list[Measured]:
     """All exchanges on `mesh`, each rank on a `device` ("cpu", "cuda") of its own. Raises ExchangeError."""
     store = StoreServer(ray.util.get_node_ip_address())
-    resource = "GPU" if device == "cuda" else "CPU"
-    group, ranks_a_bundle = _reserve(mesh, resource)
+    bundles, group = _reserve(mesh, device)
     actors: list[Any] = []
     try:
-        option = {"num_gpus": 1, "num_cpus": 0} if device == "cuda" else {"num_cpus": 1}
+        option = {"num_gpus": 1, "num_cpus": 0} if bundles.resource == "GPU" else {"num_cpus": 1}
         actor: Any = ray.remote(max_restarts=0, **option)(RankActor)
         for rank in range(mesh.size):
-            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank // ranks_a_bundle)
+            strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundles.index(rank))
             actors.append(actor.options(scheduling_strategy=strategy).remote(mesh.seat(rank), store.address, 1, device, exchange_s))
         try:
             ray.get([actor.ready.remote() for actor in actors], timeout=JOIN_S)
@@ -90,17 +94,15 @@ def check_mesh(mesh: Mesh, device: str, todo: Sequence[Case] | None = None, exch
         remove_placement_group(group)
 
 
-def _reserve(mesh: Mesh, resource: str) -> tuple[Any, int]:
-    """A placement group as the fleet of an engine asks for it, and how many ranks each bundle holds: a stage on one node, stages
-    spread over nodes; where no node holds a stage, as close together as they go."""
-    most = max((node["Resources"].get(resource, 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-    whole = most >= mesh.tp
-    bundles = [{resource: mesh.tp}] * mesh.pp if whole else [{resource: 1}] * mesh.size
-    group = placement_group(bundles, strategy="SPREAD" if whole else "PACK")
-    if not group.wait(JOIN_S):
+def _reserve(mesh: Mesh, device: str) -> tuple[Bundles, Any]:
+    """What an engine of that mesh asks for, and its placement group."""
+    config = Config("none", tp=mesh.tp, pp=mesh.pp, device="cuda" if device == "cuda" else "cpu")
+    bundles = bundles_for(config, alive_nodes())
+    group = placement_group(bundles.requests, strategy=bundles.strategy)
+    if not group.wait(PLACE_S):
         remove_placement_group(group)
-        raise ExchangeError(f"{mesh.tp}x{mesh.pp} ranks: {mesh.size} {resource} were not free within {JOIN_S:.0f} s")
-    return group, mesh.tp if whole else 1
+        raise ExchangeError(f"{mesh.tp}x{mesh.pp} ranks: {missing(bundles, alive_nodes(), free_resources())}")
+    return bundles, group
 
 
 def _last_line(error: Exception) -> str:

@@ -9,19 +9,23 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import ray
+import zmq
 
 from cluster.channel import Mailbox
 from cluster.config import Config, batch_settings
 from cluster.engine import Engine, EngineConfig, KillWorkers, Send, StartWorkers
-from cluster.protocol import EngineMessage, SchedulerMessage
+from cluster.finder import SCHEDULER, Finder, find_actor, named_actors
+from cluster.fleet import Died, Fleet, Waiting
+from cluster.protocol import EngineMessage, SchedulerMessage, StageTimes
+from cluster.recorder import Recorder
 from cluster.scheduler import GlobalScheduler, SchedulerConfig
-from parallel.rendezvous import StoreServer
 
 TICK_S = 0.2
-_KILL_TIMEOUT_S = 10.0
+_ORPHANED_S = 120.0
+"""An engine whose application has had no scheduler for so long ends."""
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +34,23 @@ class SchedulerActor:
     """The GlobalScheduler behind a mailbox."""
 
     def __init__(self, config: Config, port: int, lease: str, secret: str) -> None:
-        """`port`: fixed, so that a restarted scheduler is found again. `lease`: Ray's namespace of the application. `secret`: that
-        of all its mailboxes."""
+        """`port`: the same over restarts, where it can be had. `lease`: Ray's namespace of the application. `secret`: that of all
+        its mailboxes."""
         logging.basicConfig(level=logging.INFO, format="[scheduler] %(levelname)s %(message)s")
-        self._mailbox = Mailbox[SchedulerMessage](SchedulerMessage, ray.util.get_node_ip_address(), port, secret)
+        host = ray.util.get_node_ip_address()
+        try:
+            self._mailbox = Mailbox[SchedulerMessage](SchedulerMessage, host, port, secret)
+        except zmq.ZMQError as error:  # restarted on another node, say: engines and routers look the new address up
+            log.warning("port %d: %s; taking another one", port, error)
+            self._mailbox = Mailbox[SchedulerMessage](SchedulerMessage, host, secret=secret)
         settings = SchedulerConfig(max_queue=config.max_queue, placement=config.placement)
         self._scheduler = GlobalScheduler(settings, time.monotonic())
-        self._lease = lease
-        self._secret = secret
-        _start(self._run, "scheduler")
+        self._lease, self._secret = lease, secret
+        self._stop = threading.Event()
+        for name in named_actors(lease):
+            if name != SCHEDULER:
+                self._scheduler.expect(name, time.monotonic())
+        _start(self._run, SCHEDULER)
 
     def address(self) -> str:
         """Of its mailbox."""
@@ -47,6 +59,10 @@ class SchedulerActor:
     def secret(self) -> str:
         """Of the application's mailboxes: that of the scheduler that was created first."""
         return self._secret
+
+    def stop(self) -> None:
+        """Have all routers end their requests and take no more."""
+        self._stop.set()
 
     def _run(self) -> None:
         next_tick = 0.0
@@ -57,47 +73,62 @@ class SchedulerActor:
                 self._scheduler.receive(message, now)
             if now >= next_tick:
                 next_tick = now + TICK_S
-                self._scheduler.counted("scheduler", self._mailbox.samples("scheduler"))
+                self._scheduler.counted(SCHEDULER, self._mailbox.samples(SCHEDULER))
                 self._scheduler.tick(now)
                 if self._scheduler.lease_over(now):
                     self._end()
                     return
+            if self._stop.is_set():
+                self._stop.clear()
+                self._scheduler.stop()
             for send in self._scheduler.take_messages():
                 self._mailbox.send(send.address, send.message)
+            for kill in self._scheduler.take_kills():
+                threading.Thread(target=self._restart, args=(kill.engine,), daemon=True).start()
+
+    def _restart(self, name: str) -> None:
+        actor = find_actor(name, self._lease)
+        if actor is not None:
+            log.warning("%s is silent: its process is killed and started anew", name)
+            ray.kill(actor, no_restart=False)
 
     def _end(self) -> None:
         log.info("no router is left: the application's engines and this scheduler end")
-        end_actors(self._lease, but="scheduler")
+        end_actors(self._lease, but=SCHEDULER)
         ray.kill(ray.get_runtime_context().current_actor)
 
 
 class EngineActor:
-    """An Engine behind a mailbox, and the owner of its workers: they die with it."""
+    """An Engine behind a mailbox, and the owner of its workers and their placement group: they die with it."""
 
-    def __init__(self, config: Config, name: str, scheduler: str, secret: str) -> None:
+    def __init__(self, config: Config, name: str, scheduler: str, lease: str, secret: str) -> None:
+        """`scheduler`: its address as of now. `lease`: Ray's namespace of the application. `secret`: that of all its mailboxes."""
         logging.basicConfig(level=logging.INFO, format=f"[{name}] %(levelname)s %(message)s")
-        self._config, self._secret = config, secret
-        self._workers: list[Any] = []
-        self._running: dict[Any, int] = {}
-        """The run() of each worker -> its epoch. It ends when the worker does."""
         self._mailbox = Mailbox[EngineMessage](EngineMessage, ray.util.get_node_ip_address(), secret=secret)
+        self._secret = secret
         settings = EngineConfig(
             name=name,
             address=self._mailbox.address,
             scheduler=scheduler,
             batch=batch_settings(config, num_blocks=2, max_model_len=1),  # the workers will say how much they hold
-            num_ranks=config.tp * config.pp,
+            num_ranks=config.num_ranks,
             step_timeout_s=config.step_timeout_s,
             worker_timeout_s=config.worker_timeout_s,
             load_timeout_s=config.load_timeout_s,
         )
-        self._store = StoreServer(ray.util.get_node_ip_address()) if settings.num_ranks > 1 else None
         self._engine = Engine(settings, time.time_ns() // 1_000_000, time.monotonic())
+        self._fleet = Fleet(config, name, lease, self._mailbox.address, secret)
+        self._finder = Finder(lease)
+        self._recorder = Recorder(Path(config.timeline), name) if config.timeline is not None else None
         _start(self._run, name)
 
     def address(self) -> str:
         """Of its mailbox."""
         return self._mailbox.address
+
+    def secret(self) -> str:
+        """Of its mailbox."""
+        return self._secret
 
     def _run(self) -> None:
         next_tick = 0.0
@@ -107,9 +138,11 @@ class EngineActor:
             now = time.monotonic()
             if message is not None:
                 self._engine.receive(message, now)
+            if isinstance(message, StageTimes) and self._recorder is not None:
+                self._recorder.write(message)
             if now >= next_tick:
                 next_tick = now + TICK_S
-                self._look_at_workers(now)
+                self._look_around(now)
                 self._engine.metrics.channel = self._mailbox.samples(self._engine.config.name)
                 self._engine.tick(now)
 
@@ -119,42 +152,23 @@ class EngineActor:
                 case Send():
                     self._mailbox.send(action.address, action.message)
                 case StartWorkers():
-                    self._start_workers(action.epoch)
+                    self._fleet.start(action.epoch)
                 case KillWorkers():
                     log.warning("epoch %d ends: %s", action.epoch, action.reason)
-                    self._kill_workers()
+                    self._fleet.kill(action.reason)
 
-    def _start_workers(self, epoch: int) -> None:
-        from workers.worker import Worker
-
-        gpus = 1 if self._config.device == "cuda" else 0
-        actor = ray.remote(num_cpus=0, num_gpus=gpus, max_restarts=0)(Worker)
-        store = self._store.address if self._store else ""
-        for rank in range(self._config.tp * self._config.pp):
-            worker = actor.remote(self._config, rank, epoch, self._mailbox.address, store, self._secret)
-            self._workers.append(worker)
-            self._running[worker.run.remote()] = epoch
-
-    def _kill_workers(self) -> None:
-        """Kill, and wait until they are gone: a frozen process would go on writing, and hold the device's memory."""
-        for worker in self._workers:
-            ray.kill(worker)
-        ends = list(self._running)
-        alive = ray.wait(ends, num_returns=len(ends), timeout=_KILL_TIMEOUT_S)[1] if ends else []
-        if alive:
-            log.error("%d workers are not confirmed dead after %.0f s", len(alive), _KILL_TIMEOUT_S)
-        self._workers, self._running = [], {}
-
-    def _look_at_workers(self, now: float) -> None:
-        if not self._running:
-            return
-        for ended in ray.wait(list(self._running), num_returns=1, timeout=0)[0]:
-            epoch = self._running.pop(ended)
-            try:
-                reason = ray.get(ended, timeout=1.0)
-            except ray.exceptions.RayError as error:
-                reason = str(error).strip().splitlines()[0]
-            self._engine.workers_died(epoch, f"a worker ended: {reason}", now)
+    def _look_around(self, now: float) -> None:
+        for event in self._fleet.poll():
+            match event:
+                case Died():
+                    self._engine.workers_died(event.epoch, event.reason, now)
+                case Waiting():
+                    self._engine.workers_wait(event.epoch, event.reason, now)
+        if self._finder.address is not None:
+            self._engine.scheduler_at(self._finder.address, now)
+        if self._finder.missing_s > _ORPHANED_S:
+            log.error("the application has had no scheduler for %.0f s: this engine ends", _ORPHANED_S)
+            ray.kill(ray.get_runtime_context().current_actor)
 
 
 def _start(run: Callable[[], None], name: str) -> None:
@@ -172,10 +186,8 @@ def _start(run: Callable[[], None], name: str) -> None:
 
 
 def end_actors(lease: str, but: str = "") -> None:
-    """Kill the actors named under `lease`, except the one called `but`. Engines' workers die with them."""
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"] == lease and actor["name"] != but:
-            try:
-                ray.kill(ray.get_actor(actor["name"], namespace=lease))
-            except ValueError:
-                log.info("%s was gone already", actor["name"])
+    """Kill the actors named under `lease`, except the one called `but`. Engines' workers and placement groups die with them."""
+    for name in named_actors(lease):
+        actor = find_actor(name, lease) if name != but else None
+        if actor is not None:
+            ray.kill(actor)

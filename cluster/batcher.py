@@ -16,6 +16,7 @@ import itertools
 from collections import deque
 
 from cluster.config import BatchConfig
+from cluster.cost import StepCost
 from cluster.launched import Launched
 from cluster.line import WaitingLine
 from cluster.protocol import (
@@ -33,6 +34,9 @@ from cluster.protocol import (
 from cluster.request import Scoring, Sequence, why_impossible
 from kv.manager import KVManager, PrefixMatch
 
+_LEAST_CHUNK = 16
+"""Tokens of a prompt in one plan, at least, where there are as many."""
+
 
 class Batcher:
     """The running set, the waiting line and the plans in flight of one engine in one epoch."""
@@ -49,6 +53,7 @@ class Batcher:
         self.num_preemptions = 0
         self._next_seq = 0
         self._next_step = 0
+        self._cost = StepCost()
         self._gone: list[int] = []
         """Sequences the workers may forget with the next plan."""
 
@@ -93,7 +98,7 @@ class Batcher:
     # --- scheduling -------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> StepPlan | None:
-        """The next iteration, launched: None if nothing can run now. Call only while fewer than `pp` plans are in flight."""
+        """The next iteration, launched: None if nothing can run now. Call while fewer than config.depth plans are in flight."""
         self._end_static_batch()
         self.line.release(self._can_fork)
         plan = StepPlan(epoch=self.epoch, step=self._next_step, admitted=[], chunks=[], copies=[], finished=[])
@@ -113,8 +118,8 @@ class Batcher:
         return plan
 
     def _schedule_decodes(self, plan: StepPlan, chosen: list[Sequence]) -> int:
-        """At most ceil(running / pp) decodes, so that every stage has its share. Returns how many tokens they take."""
-        most = -(-len(self.running) // self.config.pp)
+        """At most ceil(running / plans in flight), so that every stage has its share. Returns how many tokens they take."""
+        most = -(-len(self.running) // self.config.depth)
         count = 0
         for sequence in list(self.running):
             if count == most:
@@ -254,21 +259,23 @@ class Batcher:
         self.line.recall(victim)
 
     def _prefill_budget(self, left: int) -> int:
-        """With several stages a prompt backlog is spread over the plans in flight, in chunks of at least 64 tokens."""
-        if self.config.pp == 1:
+        """With several stages prompts are cut so that they are through the last one soonest (see StepCost)."""
+        if self.config.pp == 1 or self.config.depth == 1:
             return left
         backlog = 0
         for sequence in itertools.chain(self.running, self.line.waiting):
-            backlog += sequence.schedulable if sequence.schedulable > 1 else 0
-            if backlog >= left * self.config.pp:
-                break
-        return min(left, max(64, -(-backlog // self.config.pp)))
+            if sequence.schedulable > 1:
+                backlog += sequence.schedulable
+                if self._cost.chunk(backlog, self.config.pp) >= left:
+                    return left
+        return min(left, max(_LEAST_CHUNK, self._cost.chunk(backlog, self.config.pp)))
 
     # --- results ----------------------------------------------------------------------------------------------------
 
     def update(self, result: StepResult) -> list[TokenDelta]:
         """Take in the result of the oldest plan in flight (see `expects`); returns what is new for the clients."""
         launched = self.in_flight.popleft()
+        self._cost.observe(sum(chunk.num_tokens for chunk in launched.plan.chunks), result.compute_s)
         drawn = {r.seq: r for r in result.results}
         told = {s.seq: s for s in result.scores}
         deltas: list[TokenDelta] = []

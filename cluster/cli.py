@@ -103,6 +103,8 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
     files = open_model(config.model, config.revision)
     from router.tokenizer import load
 
+    if Path(config.model).expanduser().is_dir():  # workers run in other directories, and on other nodes
+        config = dataclasses.replace(config, model=os.path.abspath(Path(config.model).expanduser()))
     load(files.path)  # a broken tokenizer is the user's to mend, so it is said here and not by a replica
     stop = threading.Event()
     began = time.monotonic()

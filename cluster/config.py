@@ -5,6 +5,8 @@ or a value out of range raises ConfigError, whose text is one clear line.
 """
 
 import dataclasses
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ Batching = Literal["continuous", "static", "static-skip"]
 Reservation = Literal["paged", "max_tokens", "contiguous"]
 PlacementPolicy = Literal["least_loaded", "round_robin"]
 
+_EDGE = frozenset(("name", "route_prefix", "host", "port", "grpc_port", "routers", "served_model_name", "request_timeout_s"))
+"""Settings that only routers and Serve work by."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -37,7 +41,9 @@ class BatchConfig:
     max_num_batched_tokens: int = 512
     """Most tokens of one iteration."""
     pp: int = 1
-    """Pipeline stages = plans in flight."""
+    """Pipeline stages."""
+    plans_in_flight: int | None = None
+    """Default: as many as stages (ORCA, section 4.2)."""
     batching: Batching = "continuous"
     reservation: Reservation = "paged"
 
@@ -46,6 +52,11 @@ class BatchConfig:
         if self.num_blocks < 2:
             raise ConfigError(f"num_blocks is {self.num_blocks}, but a pool needs the null block and at least one more")
         _check_budget(self)
+
+    @property
+    def depth(self) -> int:
+        """How many plans may be in flight."""
+        return self.plans_in_flight or self.pp
 
     @property
     def pool_tokens(self) -> int:
@@ -72,12 +83,19 @@ class Config:
     tp: int = 1
     """Tensor parallelism: ranks that share every layer."""
     pp: int = 1
-    """Pipeline parallelism: stages of layers, and plans in flight."""
+    """Pipeline parallelism: stages of layers."""
     stage_layers: tuple[int, ...] | None = None
     """Layers of each stage, written 7,7,6. Default: balanced by cost, the lm_head counted."""
+    plans_in_flight: int | None = None
+    """Default: as many as stages. One more hides the engine's own time where stages are fast, with fewer sequences in each plan."""
     engines: int = 1
+    """Copies of the model, each with its own workers."""
     routers: int = 1
     """Serve replicas of the router."""
+    name: str = "rayline"
+    """Of the Serve application that `rayline serve` runs; two with different names and prefixes can share a cluster."""
+    route_prefix: str = "/"
+    """Path below which this application answers, for `rayline serve`."""
     host: str = "0.0.0.0"
     port: int = 8000
     grpc_port: int = 9000
@@ -102,6 +120,8 @@ class Config:
     worker_timeout_s: float = 8.0
     """A worker that has not answered for so long is taken for frozen, cut off or dead: the epoch ends."""
     load_timeout_s: float = 600.0
+    timeline: str | None = None
+    """File to which each engine appends when its stages computed which plan, on its node; python -m bench.timeline draws it."""
     attention: Literal["torch", "reference"] = "torch"
 
     def __post_init__(self) -> None:
@@ -110,7 +130,7 @@ class Config:
         numbers = ("tp", "pp", "engines", "routers", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_queue")
         _at_least_one(self, *numbers)
         _check_budget(self)
-        for name in ("max_model_len", "kv_memory", "threads"):
+        for name in ("max_model_len", "kv_memory", "threads", "plans_in_flight"):
             if getattr(self, name) is not None:
                 _at_least_one(self, name)
         for name in ("request_timeout_s", "step_timeout_s", "worker_timeout_s", "load_timeout_s"):
@@ -120,17 +140,30 @@ class Config:
             raise ConfigError(f"port is {self.port}, but ports go from 0 to 65535")
         if self.stage_layers is not None and len(self.stage_layers) != self.pp:
             raise ConfigError(f"stage_layers names {len(self.stage_layers)} stages, but pp is {self.pp}")
-        if self.engines > 1:
-            raise ConfigError(f"engines is {self.engines}, but only 1 is supported so far")
         if not 0 <= self.grpc_port <= 65535:
             raise ConfigError(f"grpc_port is {self.grpc_port}, but ports go from 0 to 65535")
         if self.grpc_port == self.port != 0:
             raise ConfigError(f"grpc_port and port are both {self.port}, but each needs a port of its own")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ConfigError(f"name is '{self.name}', but must be letters, digits, '.', '_' and '-'")
+        if not re.fullmatch(r"/|(/[A-Za-z0-9._~-]+)+", self.route_prefix):
+            raise ConfigError(f"route_prefix is '{self.route_prefix}', but must be / or begin and not end with it, as in /v2")
 
     @property
     def model_name(self) -> str:
         """The name under which clients ask for the model."""
         return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def num_ranks(self) -> int:
+        """Workers of one engine."""
+        return self.tp * self.pp
+
+    @property
+    def digest(self) -> str:
+        """Of all settings that scheduler and engines work by: equal for two configurations that can share them."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in _EDGE}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:

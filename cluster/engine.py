@@ -82,7 +82,7 @@ class EngineConfig:
     address: str
     """Of the engine's own mailbox."""
     scheduler: str
-    """Address of the global scheduler."""
+    """Address of the global scheduler, as far as known at the start."""
     batch: BatchConfig
     num_ranks: int = 1
     step_timeout_s: float = 60.0
@@ -137,6 +137,8 @@ class _Epoch:
     heard_at: dict[int, float] = field(default_factory=dict)
     """By rank, once all are ready: its last sign of life."""
     results: int = 0
+    waiting: str = ""
+    """Why its workers can't start yet, where something is missing."""
 
 
 class Engine:
@@ -146,6 +148,7 @@ class Engine:
         """`first_epoch` must be above every epoch of an engine of this name that was ever started: take unix milliseconds."""
         self.config = config
         self.metrics = Metrics()
+        self._scheduler = config.scheduler
         self._actions: list[Action] = []
         self._requests: dict[str, Request] = {}
         self._deadlines: dict[str, float] = {}
@@ -209,6 +212,18 @@ class Engine:
             self._end_epoch(reason, now)
         self._pump(now)
 
+    def workers_wait(self, epoch: int, reason: str, now: float) -> None:
+        """The workers of `epoch` can't start yet: /health says why, and load_timeout_s goes on. An empty reason: they can now."""
+        if epoch == self.epoch and self.batcher is None and reason != self._epoch.waiting:
+            self._epoch.waiting, self._reason, self._news = reason, reason or "loading", True
+        self._pump(now)
+
+    def scheduler_at(self, address: str, now: float) -> None:
+        """Where the scheduler is to be reached. A new one learns of this engine at once."""
+        if address != self._scheduler:
+            self._scheduler, self._news = address, True
+        self._pump(now)
+
     def tick(self, now: float) -> None:
         """Look at the clock: time-outs, back-off, heartbeats. Call a few times a second."""
         epoch = self._epoch
@@ -231,7 +246,8 @@ class Engine:
         config = self.config
         if epoch.batcher is None:
             if now - epoch.began_at > config.load_timeout_s:
-                self._end_epoch(f"workers not ready after {config.load_timeout_s:.0f} s", now)
+                waiting = f": {epoch.waiting}" if epoch.waiting else ""
+                self._end_epoch(f"workers not ready after {config.load_timeout_s:.0f} s{waiting}", now)
             return
         silent = [rank for rank, heard in epoch.heard_at.items() if now - heard > config.worker_timeout_s]
         if silent:
@@ -300,7 +316,7 @@ class Engine:
     def _pump(self, now: float) -> None:
         """ORCA's loop: launch until as many plans are in flight as there are stages."""
         epoch, batcher = self._epoch, self.batcher
-        while batcher is not None and len(batcher.in_flight) < self.config.batch.pp:
+        while batcher is not None and len(batcher.in_flight) < batcher.config.depth:
             idle = not batcher.in_flight
             plan = batcher.schedule(now)
             if plan is None:
@@ -413,7 +429,7 @@ class Engine:
             stats=batcher.stats() if batcher else EngineStats(),
             metrics=running.samples(self.config.name),
         )
-        self._send(self.config.scheduler, report)
+        self._send(self._scheduler, report)
 
     def _send(self, address: str, message: RouterMessage | SchedulerMessage | WorkerMessage) -> None:
         self._actions.append(Send(address, message))

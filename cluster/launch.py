@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import secrets
 import signal
 import socket
 import threading
@@ -13,82 +12,135 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.config import gRPCOptions
 from ray.serve.schema import LoggingConfig
 
-from cluster.actors import EngineActor, SchedulerActor, end_actors
+from cluster.actors import end_actors
+from cluster.bundles import cpus_needed
 from cluster.config import Config, ConfigError
 from cluster.engine import LOAD_FAILED
+from cluster.finder import SCHEDULER, find_actor, leases_of
+from cluster.reconcile import ensure_cluster, namespace_of
 
-APPLICATION = "rayline"
-NAMESPACE = "rayline"
-_ACTOR_TIMEOUT_S = 60.0
-
-
-def ensure_cluster(config: Config) -> tuple[str, str]:
-    """Find the application's scheduler and engines, or start them; returns the scheduler's address and the mailboxes' secret.
-
-    Does not wait for engines to load: until one has, requests queue and /health says 503.
-    """
-    # Zero CPUs of Ray's accounting: these actors wait for messages most of the time, and must never be queued behind work.
-    always = {"num_cpus": 0, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-    scheduler = (
-        ray.remote(SchedulerActor)
-        .options(name="scheduler", max_restarts=-1, **always)
-        .remote(config, _free_port(), NAMESPACE, secrets.token_hex())
-    )
-    address, secret = ray.get([scheduler.address.remote(), scheduler.secret.remote()], timeout=_ACTOR_TIMEOUT_S)
-    for number in range(config.engines):
-        name = f"engine-{number}"
-        ray.remote(EngineActor).options(name=name, max_restarts=-1, **always).remote(config, name, address, secret)
-    return address, secret
+_SERVE_NAMESPACE = "serve"
+_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+_STOP_TIMEOUT_S = 60.0
 
 
 @contextmanager
 def served(config: Config, stop: threading.Event) -> Iterator[str]:
     """Serve `config.model` over HTTP and gRPC while the context lasts; yields HTTP's base URL. SIGINT and SIGTERM set `stop`.
 
-    Uses the Ray cluster that RAY_ADDRESS names, else starts one on this machine (authenticated as protect_ray() says, if it was
-    called before Ray was imported). Raises ConfigError where a port is taken.
+    Uses the Ray cluster that RAY_ADDRESS names, and its Serve proxies if they run, else starts one on this machine (authenticated
+    as protect_ray() says, if it was called before Ray was imported). Raises ConfigError where a port is taken, or the name or route
+    prefix by another application of that cluster.
     """
-    _check_port(config.host, config.port)
-    if config.grpc_port:
-        _check_port("0.0.0.0", config.grpc_port, " (grpc_port; 0 does without gRPC)")
     ours = "RAY_ADDRESS" not in os.environ
+    if ours:
+        _check_ports(config)
     _stop_on_signals(stop)
+    lease = namespace_of(config.name, config)
     ray.init(
         address="local" if ours else None,
-        namespace=NAMESPACE,
+        namespace=lease,
         include_dashboard=False if ours else None,
         logging_level=logging.WARNING,
+        **(_local_resources(config) if ours else {}),
     )
     _stop_on_signals(stop)  # ray.init puts a handler of its own in the place of SIGTERM's
+    found_serve = find_actor(_CONTROLLER, _SERVE_NAMESPACE) is not None
+    deployed = False
     try:
+        if not ours and not found_serve:
+            _check_ports(config)
+        _check_name(config, lease)
         from router.app import application
 
-        scheduler, secret = ensure_cluster(config)
+        ensure_cluster(config, config.name)
+        deployed = True
         _go_on(stop)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         where = "HeadOnly" if ours else "EveryNode"
         services = ["router.grpc_proxy.add_services"]
         grpc = gRPCOptions(port=config.grpc_port, grpc_servicer_functions=services) if config.grpc_port else None
-        serve.start(where, {"host": config.host, "port": config.port}, grpc_options=grpc, logging_config=quiet)
+        if not found_serve:
+            serve.start(where, {"host": config.host, "port": config.port}, grpc_options=grpc, logging_config=quiet)
         _go_on(stop)
-        serve.run(application(config, scheduler, secret), name=APPLICATION, route_prefix="/", logging_config=quiet)
-        host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
-        yield f"http://{host}:{config.port}"
+        try:
+            serve.run(application(config), name=config.name, route_prefix=config.route_prefix, logging_config=quiet)
+        except (serve.exceptions.RayServeException, ValueError, RuntimeError) as error:
+            raise ConfigError(f"Serve does not take the application: {_last_line(error)}") from error
+        yield _url(config)
     finally:
         try:
-            if ours:
-                serve.shutdown()
-            else:
-                serve.delete(APPLICATION)
-            end_actors(NAMESPACE)
+            if deployed:
+                _end_application(config.name, lease)
+            if not found_serve and not serve.status().applications:
+                _end_serve()
         finally:
             ray.shutdown()
+
+
+def _local_resources(config: Config) -> dict[str, Any]:
+    """For a Ray of our own: CPUs for all ranks, however few the machine has. Where it has enough, Ray counts them itself."""
+    needed = cpus_needed(config)
+    return {"num_cpus": needed} if needed > ray._private.utils.get_num_cpus() else {}
+
+
+def _check_name(config: Config, lease: str) -> None:
+    """Raise ConfigError where the cluster serves something else by this name. The same is taken over: its owner may have died.
+
+    What is left of others by this name, killed before Serve knew of them, is ended.
+    """
+    if config.name in serve.status().applications and find_actor(SCHEDULER, lease) is None:
+        raise ConfigError(
+            f"this cluster already serves an application called '{config.name}' with other settings: "
+            "take another --name and --route-prefix, or end that one first"
+        )
+    for other in leases_of(config.name):
+        if other != lease and config.name not in serve.status().applications:
+            end_actors(other)
+
+
+def _end_application(name: str, lease: str) -> None:
+    """Streams that still run are ended; nothing of ours is left."""
+    scheduler = find_actor(SCHEDULER, lease)
+    if scheduler is not None:
+        scheduler.stop.remote()
+    try:
+        if name in serve.status().applications:
+            serve.delete(name)
+    finally:
+        end_actors(lease)
+
+
+def _end_serve() -> None:
+    """As serve.shutdown(), which reports the controller's end, its very purpose, as an error."""
+    controller = find_actor(_CONTROLLER, _SERVE_NAMESPACE)
+    if controller is None:
+        return
+    ray.get(controller.graceful_shutdown.remote(False), timeout=_STOP_TIMEOUT_S)
+    end = time.monotonic() + _STOP_TIMEOUT_S
+    while find_actor(_CONTROLLER, _SERVE_NAMESPACE) is not None and time.monotonic() < end:
+        time.sleep(0.1)
+
+
+def _url(config: Config) -> str:
+    """Of a proxy: this node's if it has one. The proxies' own host and port count, where they ran before."""
+    options = serve.context._get_global_client().http_config
+    proxies = serve.status().proxies
+    host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+    if options.host in ("0.0.0.0", "::") and ray.get_runtime_context().get_node_id() not in proxies:
+        host = next((node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] in proxies), host)
+    return f"http://{host}:{options.port}{config.route_prefix.rstrip('/')}"
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [repr(error)])[-1]
 
 
 def wait_until_healthy(url: str, timeout_s: float, stop: threading.Event) -> None:
@@ -130,6 +182,12 @@ def _go_on(stop: threading.Event) -> None:
         raise KeyboardInterrupt
 
 
+def _check_ports(config: Config) -> None:
+    _check_port(config.host, config.port)
+    if config.grpc_port:
+        _check_port("0.0.0.0", config.grpc_port, " (grpc_port; 0 does without gRPC)")
+
+
 def _check_port(host: str, port: int, hint: str = "") -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
@@ -138,10 +196,3 @@ def _check_port(host: str, port: int, hint: str = "") -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(f"cannot listen on {host} port {port}{hint}: {error.strerror}") from None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -171,7 +171,7 @@ class _Run:
             batcher.add(request, now)
         try:
             while self._choices:
-                while len(batcher.in_flight) < batcher.config.pp and (plan := batcher.schedule(time.monotonic())) is not None:
+                while len(batcher.in_flight) < batcher.config.depth and (plan := batcher.schedule(time.monotonic())) is not None:
                     ranks.launch(plan)
                 assert batcher.in_flight, "requests wait, but nothing can run"
                 for delta in batcher.update(ranks.collect()):

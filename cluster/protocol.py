@@ -205,6 +205,8 @@ class RouterHello(Wire, tag=True):
 
     router: str
     metrics: "list[MetricSample]"
+    leaving: bool = False
+    """Its last word: it has ended in order."""
 
 
 class EngineDown(Wire, tag=True):
@@ -222,6 +224,10 @@ class RouterDown(Wire, tag=True):
 
 class PlaceAgain(Wire, tag=True):
     """Scheduler -> a router it did not know, or had taken for dead: none of its requests are queued here."""
+
+
+class Stop(Wire, tag=True):
+    """Scheduler -> every router: the server ends. End all requests, take no more."""
 
 
 class ClusterStatus(Wire, tag=True):
@@ -434,7 +440,7 @@ class StageTimes(Wire, tag=True):
     times: list[StageTime]
 
 
-RouterMessage = Deltas | Released | Rejected | Placement | Refusal | EngineDown | PlaceAgain | ClusterStatus
+RouterMessage = Deltas | Released | Rejected | Placement | Refusal | EngineDown | PlaceAgain | Stop | ClusterStatus
 SchedulerMessage = Place | Withdraw | RouterHello | EngineReport
 EngineMessage = Submit | Cancel | RouterDown | EngineDown | StepResult | WorkerReady | WorkerFailed | Pong | StageTimes
 WorkerMessage = StepPlan | Ping

@@ -29,6 +29,7 @@ from cluster.protocol import (
     RouterHello,
     RouterMessage,
     SchedulerMessage,
+    Stop,
     Withdraw,
 )
 
@@ -39,6 +40,13 @@ class Send:
 
     address: str
     message: RouterMessage | EngineMessage
+
+
+@dataclass(frozen=True)
+class KillEngine:
+    """End the process of the engine of this name, which does not speak any more, so that it is started anew."""
+
+    engine: str
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,11 @@ class SchedulerConfig:
     lease_s: float = 60.0
     """The application is over when no router was heard of for so long ..."""
     first_router_s: float = 600.0
-    """... or when none has ever come, for so long."""
+    """... or when none has ever come, for so long ..."""
+    leave_s: float = 5.0
+    """... or so long after the last one said that it leaves: a new version's routers may be about to come."""
+    replace_s: float = 30.0
+    """An engine whose process is still silent after so long hangs, and is killed: one that died would have come back."""
     heartbeat_s: float = 1.0
     retry_after_s: float = 1.0
 
@@ -138,7 +150,10 @@ class GlobalScheduler:
         self._greeted: set[str] = set()
         """Routers that know that this scheduler began without their requests."""
         self._totals = Totals()
+        self._silent: dict[str, float] = {}
+        """Engines that went silent, and when they were last heard of or killed."""
         self._messages: list[Send] = []
+        self._kills: list[KillEngine] = []
         self._next_heartbeat = now
         self._ticked_at = now
         self._lease_until = now + config.first_router_s
@@ -148,6 +163,20 @@ class GlobalScheduler:
         """All that is to be sent now, in order; each is returned once."""
         messages, self._messages = self._messages, []
         return messages
+
+    def take_kills(self) -> list[KillEngine]:
+        """Engines to be killed now; each is returned once."""
+        kills, self._kills = self._kills, []
+        return kills
+
+    def expect(self, engine: str, now: float) -> None:
+        """An engine of this name exists; if it does not speak, it hangs since before this scheduler began."""
+        self._silent.setdefault(engine, now)
+
+    def stop(self) -> None:
+        """Tell all routers to end their requests and to take no more."""
+        for router in self._routers:
+            self._send(router, Stop())
 
     def lease_over(self, now: float) -> bool:
         """Routers are the application's sign of life: whether all have been silent for the lease's time."""
@@ -193,7 +222,11 @@ class GlobalScheduler:
         if gap > self.config.silence_s / 2:  # it was this process that stood still: nobody had a chance to be heard
             self._forgive(gap)
         for view in [v for v in self._engines.values() if now - v.heard_at > self.config.silence_s]:
+            self._silent[view.report.engine] = view.heard_at
             self.engine_died(view.report.engine, view.report.epoch, now)
+        for engine in [e for e, since in self._silent.items() if now - since > self.config.replace_s]:
+            self._silent[engine] = now
+            self._kills.append(KillEngine(engine))
         for router in [r for r, heard in self._routers.items() if now - heard > self.config.silence_s]:
             self._router_died(router)
         for view in self._engines.values():
@@ -209,6 +242,8 @@ class GlobalScheduler:
     def _forgive(self, gap: float) -> None:
         for view in self._engines.values():
             view.heard_at += gap
+        for engine in self._silent:
+            self._silent[engine] += gap
         for router in self._routers:
             self._routers[router] += gap
         self._lease_until += gap
@@ -280,6 +315,7 @@ class GlobalScheduler:
     # --- engines and routers ----------------------------------------------------------------------------------------
 
     def _engine_report(self, report: EngineReport, now: float) -> None:
+        self._silent.pop(report.engine, None)
         if report.epoch <= self._over.get(report.engine, -1):
             self._send(report.address, EngineDown(report.engine, self._over[report.engine]))
             return
@@ -308,13 +344,22 @@ class GlobalScheduler:
             self._send(router, EngineDown(engine, epoch))
 
     def _hello(self, hello: RouterHello, now: float) -> None:
+        self._totals.put(hello.router, hello.metrics)
+        if hello.leaving:
+            self._leave(hello.router, now)
+            return
         if hello.router not in self._greeted:
             self._greeted.add(hello.router)
             self._send(hello.router, PlaceAgain())
             self._send(hello.router, self.status())
         self._routers[hello.router] = now
         self._lease_until = now + self.config.lease_s
-        self._totals.put(hello.router, hello.metrics)
+
+    def _leave(self, router: str, now: float) -> None:
+        if router in self._routers:
+            self._router_died(router)
+        if not self._routers:
+            self._lease_until = min(self._lease_until, now + self.config.leave_s)
 
     def _router_died(self, router: str) -> None:
         del self._routers[router]

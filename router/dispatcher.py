@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 
 from cluster.channel import Mailbox
-from cluster.protocol import ClusterStatus, MetricSample, RouterHello, RouterMessage
+from cluster.protocol import ClusterStatus, MetricSample, RouterHello, RouterMessage, Stop
 from router.generation import ChoiceDelta, Generation, Unavailable
 from router.journal import Journal, JournalConfig, News
 
@@ -24,7 +24,10 @@ class Dispatcher:
         self._metrics = metrics
         self._journal = Journal(JournalConfig(mailbox.address, scheduler))
         self._readers: dict[str, asyncio.Queue[News]] = {}
+        self._closed = False
+        """Takes no more requests."""
         self._stopping = False
+        self._heard_at = time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ticker: asyncio.Task[None] | None = None
         self._receiver: threading.Thread | None = None
@@ -38,16 +41,24 @@ class Dispatcher:
 
     async def stop(self) -> None:
         """Cancel what runs, tell its readers, and close the mailbox."""
+        self._close()
         self._stopping = True
-        for id, reader in self._readers.items():
-            self._journal.cancel(id)
-            reader.put_nowait(News(id, [], Unavailable("the router stops")))
-        self._flush()
         if self._ticker is not None:
             self._ticker.cancel()
+            self._hello(leaving=True)
         if self._receiver is not None:
             await asyncio.to_thread(self._receiver.join)
         self._mailbox.close()
+
+    @property
+    def silence_s(self) -> float:
+        """Seconds since the scheduler was last heard of, or since this dispatcher was made."""
+        return time.monotonic() - self._heard_at
+
+    def scheduler_at(self, address: str) -> None:
+        """Where the scheduler is to be reached from now on. Call on the event loop that readers run on."""
+        self._scheduler = address
+        self._journal.scheduler_at(address)
 
     def check(self) -> None:
         """Raise RuntimeError if the receiving thread or the ticker has ended: then nothing would ever be heard again."""
@@ -69,7 +80,7 @@ class Dispatcher:
 
     async def stream(self, generation: Generation) -> AsyncGenerator[list[ChoiceDelta], None]:
         """See router.generation.Generator."""
-        if self._stopping:
+        if self._closed:
             raise Unavailable("the router stops")
         queue: asyncio.Queue[News] = asyncio.Queue()
         self._readers[generation.id] = queue
@@ -103,7 +114,20 @@ class Dispatcher:
                 self._loop.call_soon_threadsafe(self._take, message)
 
     def _take(self, message: RouterMessage) -> None:
+        match message:
+            case ClusterStatus():
+                self._heard_at = time.monotonic()
+            case Stop():
+                self._close()
         self._journal.receive(message, time.monotonic())
+        self._flush()
+
+    def _close(self) -> None:
+        """End all requests; their readers are told."""
+        self._closed = True
+        for id, reader in self._readers.items():
+            self._journal.cancel(id)
+            reader.put_nowait(News(id, [], Unavailable("the router stops")))
         self._flush()
 
     async def _tick(self) -> None:
@@ -113,11 +137,13 @@ class Dispatcher:
             self._journal.tick(now)
             if now >= next_hello:
                 next_hello = now + HELLO_S
-                self._mailbox.send(
-                    self._scheduler, RouterHello(self._mailbox.address, [*self._metrics(), *self._mailbox.samples("router")])
-                )
+                self._hello()
             self._flush()
             await asyncio.sleep(TICK_S)
+
+    def _hello(self, leaving: bool = False) -> None:
+        counted = [*self._metrics(), *self._mailbox.samples("router")]
+        self._mailbox.send(self._scheduler, RouterHello(self._mailbox.address, counted, leaving))
 
     def _flush(self) -> None:
         for send in self._journal.take_messages():

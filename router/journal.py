@@ -56,7 +56,7 @@ class JournalConfig:
     address: str
     """Of the router's mailbox."""
     scheduler: str
-    """Address of the global scheduler."""
+    """Address of the global scheduler, as far as known at the start."""
     max_strikes: int = 6
     """A request that was running each time when so many engines failed may be what makes them fail."""
     missing_s: float = 15.0
@@ -130,6 +130,7 @@ class Journal:
     def __init__(self, config: JournalConfig) -> None:
         self.config = config
         self.status: ClusterStatus | None = None
+        self._scheduler = config.scheduler
         self._entries: dict[str, _Entry] = {}
         self._missing: dict[str, float] = {}
         """Engines that requests are bound to and the scheduler does not name: since when."""
@@ -181,6 +182,10 @@ class Journal:
             self._call_off(entry, [choice])
 
     # --- from the cluster -------------------------------------------------------------------------------------------
+
+    def scheduler_at(self, address: str) -> None:
+        """Where the scheduler is to be reached. It will greet with PlaceAgain, as it does everybody it does not know."""
+        self._scheduler = address
 
     def receive(self, message: RouterMessage, now: float) -> None:
         """Take in one message; what does not belong to the attempt waited for changes nothing."""
@@ -328,4 +333,4 @@ class Journal:
         self._news.append(News(entry.id, [], error))
 
     def _to_scheduler(self, message: SchedulerMessage) -> None:
-        self._messages.append(Send(self.config.scheduler, message))
+        self._messages.append(Send(self._scheduler, message))

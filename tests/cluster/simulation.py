@@ -69,9 +69,11 @@ class Simulation:
         self.processes: dict[str, Process] = {}
         self.frozen: set[str] = set()
         self.epochs = itertools.count(1000, 1000)
+        self.engines: dict[str, engines.Engine] = {}
+        self.hanging: set[str] = set()
+        """Engines whose processes are there and do nothing."""
         self._start_scheduler()
         self.routers = {f"router{i}": self._start_router(f"router{i}") for i in range(num_routers)}
-        self.engines: dict[str, engines.Engine] = {}
         self.stages: dict[str, list[FakeStage]] = {}
         for i in range(num_engines):
             self._start_engine(f"engine{i}")
@@ -96,8 +98,10 @@ class Simulation:
     def _start_scheduler(self) -> None:
         process = self.processes.setdefault("scheduler", Process("scheduler"))
         process.alive = True
-        config = SchedulerConfig(binding_timeout_s=3.0, silence_s=4.0)
+        config = SchedulerConfig(binding_timeout_s=3.0, silence_s=4.0, replace_s=12.0)
         self.scheduler = GlobalScheduler(config, self.now)
+        for name in self.engines:
+            self.scheduler.expect(name, self.now)
 
     def _start_router(self, name: str) -> Journal:
         self.processes[name] = Process(name)
@@ -142,6 +146,21 @@ class Simulation:
             epoch = self.engines[name].epoch
             self.at(self.now + self.random.random(), lambda: self.scheduler.engine_died(name, epoch, self.now))
         self.at(self.now + 1 + 5 * self.random.random(), lambda: self._start_engine(name))
+
+    def freeze_engine(self, name: str) -> None:
+        """The engine's process hangs. Nobody sees it die; it must be killed."""
+        process = self.processes[name]
+        process.alive = False
+        process.life += 1
+        self.hanging.add(name)
+
+    def _kill_hanging(self, name: str) -> None:
+        if name in self.hanging:
+            self.hanging.discard(name)
+            self._worker_lives(name)
+            self.at(self.now + 1 + 5 * self.random.random(), lambda: self._start_engine(name))
+        elif self.processes[name].alive:
+            self.kill_engine(name)
 
     def restart_scheduler(self) -> None:
         """The scheduler dies with all it knew, and is started anew."""
@@ -196,6 +215,8 @@ class Simulation:
         """Carry out what the state machines want done."""
         for send in self.scheduler.take_messages():
             self._send("scheduler", send.address, send.message)
+        for kill in self.scheduler.take_kills():
+            self._kill_hanging(kill.engine)
         for name, journal in self.routers.items():
             for message in journal.take_messages():
                 self._send(name, message.address, message.message)

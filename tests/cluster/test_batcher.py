@@ -220,6 +220,29 @@ def test_every_stage_has_its_share_of_decodes() -> None:
     assert [[c.seq for c in plan.chunks] for plan in plans] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
+def test_one_plan_more_than_stages_takes_smaller_shares() -> None:
+    b = batcher(pp=2, plans_in_flight=3, num_blocks=65, max_num_seqs=8, max_num_batched_tokens=64)
+    for i in range(6):
+        b.add(request(str(i), prompt=2, max_tokens=20), 0.0)
+    run(b)
+    plans = [step(b) for _ in range(3)]
+    assert [[c.seq for c in plan.chunks] for plan in plans] == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_a_prompt_is_cut_by_what_iterations_cost() -> None:
+    def first_chunk(fixed_s: float, token_s: float) -> int:
+        b = batcher(pp=4, num_blocks=300, max_num_seqs=4, max_num_batched_tokens=512, max_model_len=1024)
+        for tokens in (16, 256) * 50:
+            b._cost.observe(tokens, fixed_s + token_s * tokens)
+        b.add(request("long", prompt=900, max_tokens=1), 0.0)
+        (chunk,) = step(b).chunks
+        return chunk.num_tokens
+
+    assert first_chunk(0.004, 0.001) == 35  # sqrt(4 * 900 / 3)
+    assert first_chunk(0.004, 1e-6) == 512, "where tokens cost nothing, cutting wins nothing"
+    assert first_chunk(1e-6, 0.004) == 25, "sqrt(2 * 900 / 3): never less than two tokens' worth"
+
+
 @pytest.mark.parametrize(
     ("reservation", "allocated", "used", "running"), [("paged", 16, 10, 2), ("max_tokens", 40, 10, 2), ("contiguous", 64, 5, 1)]
 )

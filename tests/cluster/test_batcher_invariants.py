@@ -28,7 +28,7 @@ class Rig:
 
     def launch(self, now: float) -> bool:
         b = self.batcher
-        if len(b.in_flight) == b.config.pp:
+        if len(b.in_flight) == b.config.depth:
             return False
         plan = checked_schedule(b, now)
         if plan is None:
@@ -72,6 +72,7 @@ def rigs(draw: st.DrawFn) -> Rig:
         max_num_seqs=draw(st.integers(1, 6)),
         max_num_batched_tokens=draw(st.integers(6, 20)),
         pp=draw(st.sampled_from([1, 2, 4])),
+        plans_in_flight=draw(st.sampled_from([None, None, 1, 3, 5])),
         batching=draw(st.sampled_from([*["continuous"] * 4, "static", "static-skip"])),
         reservation=draw(st.sampled_from([*["paged"] * 4, "max_tokens", "contiguous"])),
     )
@@ -115,7 +116,7 @@ def checked_schedule(b: Batcher, now: float) -> StepPlan | None:
     drawing = {c.seq for launched in b.in_flight for c in launched.plan.chunks if c.sample}
     line = {s.seq for s in b.line.waiting}
     before = {s.seq for s in b.running}
-    most = -(-len(b.running) // b.config.pp)
+    most = -(-len(b.running) // b.config.depth)
     plan = b.schedule(now)
     if plan is None:
         return None

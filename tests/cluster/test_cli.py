@@ -61,7 +61,7 @@ def model(tmp_path: Path) -> Path:
         (["--tp", "0"], "tp is 0"),
         (["--stage-layers", "3,x"], "stage_layers is '3,x'"),
         (["--pp", "2", "--stage-layers", "1,2,1"], "stage_layers names 3 stages, but pp is 2"),
-        (["--engines", "2"], "engines is 2"),
+        (["--name", "a b"], "name is 'a b'"),
         (["--dtype", "int3"], "int3"),
         (["--kv-memory", "much"], "much"),
         (["--max-num-seqs", "0"], "max_num_seqs is 0"),

@@ -86,3 +86,32 @@ def test_the_batchers_part() -> None:
     assert (batch.block_size, batch.max_num_seqs, batch.reservation, batch.max_model_len) == (4, 3, "contiguous", 30)
     assert (batch.pool_tokens, batch.max_sequence_tokens) == (40, 30)
     assert BatchConfig(num_blocks=3, max_model_len=100).max_sequence_tokens == 32
+
+
+def test_the_digest_is_of_what_engines_work_by() -> None:
+    config = Config("m")
+    edge = {
+        "name": "x",
+        "route_prefix": "/x",
+        "host": "h",
+        "port": 1,
+        "routers": 2,
+        "served_model_name": "s",
+        "request_timeout_s": 1.0,
+    }
+    assert Config("m", **edge).digest == config.digest  # type: ignore[arg-type]
+    others = [
+        Config("n"),
+        Config("m", engines=2),
+        Config("m", threads=1),
+        Config("m", max_queue=3),
+        Config("m", step_timeout_s=1.0),
+    ]
+    assert len({config.digest, *(other.digest for other in others)}) == 6
+    assert len(config.digest) == 8
+
+
+@pytest.mark.parametrize(("name", "value"), [("name", "a b"), ("name", ""), ("route_prefix", "x"), ("route_prefix", "/x/")])
+def test_names_that_serve_would_not_take(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is '{value}'"):
+        from_mapping({"model": "m", name: value})

@@ -281,3 +281,28 @@ def test_reports_only_what_changed_and_heartbeats(serving: Bench) -> None:
     assert next_report.number == report.number + 1
     assert next_report.accepted == [("r", 0)]
     assert next_report.credit.sequences == report.credit.sequences - 1
+
+
+def test_what_workers_wait_for_is_told_and_blamed_at_the_end() -> None:
+    bench = Bench()
+    bench.engine.workers_wait(9, "an epoch before", 0.1)
+    assert bench.all(EngineReport) == []
+    bench.engine.workers_wait(10, "waiting for resources: 2 bundles", 0.2)
+    assert [report.reason for report in bench.all(EngineReport)] == ["waiting for resources: 2 bundles"]
+    bench.engine.workers_wait(10, "", 3.0)
+    assert [report.reason for report in bench.all(EngineReport)] == ["loading"]
+    bench.engine.workers_wait(10, "waiting for resources: 1 bundle", 4.0)
+    bench.tick(101.0)
+    bench.look()
+    assert bench.killed == [10]
+    bench.engine.workers_wait(10, "too late", 102.0)
+    bench.tick(103.0)
+    assert "waiting for resources: 1 bundle" in bench.all(EngineReport)[-1].reason
+
+
+def test_a_scheduler_elsewhere_hears_of_the_engine_at_once(serving: Bench) -> None:
+    serving.engine.scheduler_at("s!", 0.1)
+    assert serving.all(EngineReport) == []
+    serving.engine.scheduler_at("t!", 0.2)
+    serving.look()
+    assert [address for address, message in serving.sent if isinstance(message, EngineReport)] == ["t!"]

@@ -38,6 +38,7 @@ MESSAGES: list[Any] = [
     protocol.EngineDown("e", 2),
     protocol.RouterDown("router"),
     protocol.PlaceAgain(),
+    protocol.Stop(),
     status(e=1),
     report(accepted=[("r", 0)], metrics=[protocol.MetricSample("a", (), 2.0)]),
     protocol.StepPlan(epoch=1, step=2, admitted=[ADMISSION], chunks=[CHUNK, SCORING], copies=[(1, 2)], finished=[9]),

@@ -14,9 +14,10 @@ from cluster.protocol import (
     Refusal,
     RouterDown,
     RouterHello,
+    Stop,
     Withdraw,
 )
-from cluster.scheduler import GlobalScheduler, SchedulerConfig
+from cluster.scheduler import GlobalScheduler, KillEngine, SchedulerConfig
 from tests.cluster.messages import place, report
 
 M = TypeVar("M")
@@ -222,6 +223,9 @@ def test_counters_outlive_their_process_but_count_once(bench: Bench) -> None:
     assert total() == 8
     bench.receive(report(epoch=3, metrics=counted(3.0)))
     assert total() == 10, "the same process again, wrongly taken for dead: 5 + 3 + 2"
+    for value in (1.0, 4.0):
+        bench.scheduler.counted("scheduler", counted(value))
+    assert total() == 14, "the process's own are the latest totals too"
 
 
 def test_round_robin_takes_turns() -> None:
@@ -233,3 +237,69 @@ def test_round_robin_takes_turns() -> None:
 def test_least_loaded_takes_the_one_with_most_credit(bench: Bench) -> None:
     bench.receive(report("e", sequences=2), report("f", sequences=4), *(place(str(i), arrival=i) for i in range(3)))
     assert [engine for _, engine in bench.placed()][:2] == ["f", "f"]
+
+
+def test_an_engine_that_stays_silent_is_killed_again_and_again(bench: Bench) -> None:
+    bench.receive(report(), now=1.0)
+    bench.tick(31.0)
+    assert bench.scheduler.take_kills() == [], "its silence was noticed long ago; a new process would take some seconds"
+    bench.tick(31.5)
+    assert bench.scheduler.take_kills() == [KillEngine("e")]
+    bench.tick(61.0)
+    assert bench.scheduler.take_kills() == []
+    bench.tick(62.0)
+    assert bench.scheduler.take_kills() == [KillEngine("e")]
+
+
+def test_an_engine_that_speaks_again_is_not_killed(bench: Bench) -> None:
+    bench.receive(report(), now=1.0)
+    bench.tick(20.0)
+    bench.receive(report(epoch=2), now=20.0)
+    bench.tick(29.0)
+    bench.receive(report(epoch=2, number=2), now=29.0)
+    bench.tick(38.0)
+    assert bench.scheduler.take_kills() == []
+
+
+def test_an_engine_silent_since_before_the_scheduler_is_killed_too(bench: Bench) -> None:
+    bench.scheduler.expect("e", 0.0)
+    bench.scheduler.expect("f", 0.0)
+    bench.receive(report("f"), now=5.0)
+    bench.tick(31.0)
+    assert bench.scheduler.take_kills() == [KillEngine("e")]
+
+
+def test_a_scheduler_that_slept_kills_nobody(bench: Bench) -> None:
+    bench.receive(report(), now=1.0)
+    bench.tick(20.0)
+    bench.scheduler.tick(300.0)
+    assert bench.scheduler.take_kills() == []
+
+
+def test_when_the_last_router_has_left_the_lease_is_short(bench: Bench) -> None:
+    bench.receive(RouterHello("x", []), RouterHello("y", []), place("a", reply_to="x"), now=1.0)
+    bench.receive(RouterHello("x", [], leaving=True), now=2.0)
+    bench.tick(10.0)
+    assert not bench.scheduler.lease_over(10.0), "the other one is there"
+    assert bench.scheduler.queued == 0
+    bench.receive(RouterHello("y", [], leaving=True), now=10.0)
+    assert not bench.scheduler.lease_over(15.0)
+    assert bench.scheduler.lease_over(15.1)
+
+
+def test_a_new_router_after_the_last_goodbye_keeps_the_lease(bench: Bench) -> None:
+    bench.receive(RouterHello("x", []), RouterHello("x", [], leaving=True), RouterHello("y", []), now=1.0)
+    assert not bench.scheduler.lease_over(60.9)
+    assert bench.scheduler.lease_over(61.1), "without a goodbye it is the heartbeat that counts"
+
+
+def test_a_goodbye_of_one_unknown_does_not_end_what_never_began(bench: Bench) -> None:
+    bench.receive(RouterHello("x", []), now=1.0)
+    bench.receive(RouterHello("z", [], leaving=True), now=1.0)
+    assert not bench.scheduler.lease_over(30.0)
+
+
+def test_stop_is_told_to_all_routers(bench: Bench) -> None:
+    bench.receive(RouterHello("x", []), place("a", reply_to="y"))
+    bench.scheduler.stop()
+    assert [address for address, _ in bench.sent(Stop)] == ["x", "y"]

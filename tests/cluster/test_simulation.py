@@ -12,7 +12,7 @@ from router.journal import News
 from tests.cluster.simulation import Client, Simulation
 from tests.conftest import examples
 
-FAULTS = ("kill_workers", "freeze_workers", "kill_engine", "restart_scheduler", "cut_off")
+FAULTS = ("kill_workers", "freeze_workers", "kill_engine", "restart_scheduler", "cut_off", "freeze_engine")
 
 
 @st.composite

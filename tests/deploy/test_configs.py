@@ -18,7 +18,6 @@ with warnings.catch_warnings():  # Ray Serve's own
     warnings.simplefilter("ignore")
     from ray.serve.schema import ServeDeploySchema
 
-    from cluster.launch import APPLICATION
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -42,7 +41,7 @@ def applications() -> list[dict[str, Any]]:
 def test_serve_takes_what_is_deployed_and_its_arguments_are_settings(config: dict[str, Any]) -> None:
     schema = ServeDeploySchema.model_validate(config)
     (application,) = schema.applications
-    assert application.name == APPLICATION
+    assert application.name == "rayline"
     assert (application.import_path, application.route_prefix) == ("router.app:build", "/")
     assert schema.http_options.port == PORT
     settings = from_mapping(application.args)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.serve.conftest import free_port
+from tests.serve.nodes import free_ports
 
 pytestmark = pytest.mark.serve
 
@@ -68,7 +68,10 @@ def fake(config: dict[str, Any], home: Path, port: int) -> dict[str, Any]:
     for ours, here in (
         ("/opt/rayline", str(ROOT)),
         ("--port=6379", f"--port={port} --num-cpus=1 --temp-dir={home}/ray --include-dashboard=false"),
-        ("--object-manager-port=8076", " ".join(f"--{name}={free_port()}" for name in PORTS)),
+        (
+            "--object-manager-port=8076",
+            " ".join(f"--{name}={number}" for name, number in zip(PORTS, free_ports(len(PORTS)), strict=True)),
+        ),
     ):
         assert ours in start
         start = start.replace(ours, here)
@@ -101,7 +104,7 @@ PORTS = ("ray-client-server-port", "dashboard-agent-listen-port", "object-manage
 
 
 def test_ray_up_starts_a_head_which_starts_a_worker(home: Path) -> None:
-    port, token = free_port(), "0123456789abcdef" * 4
+    (port,), token = free_ports(1), "0123456789abcdef" * 4
     config = fake(yaml.safe_load((ROOT / "deploy/ray/aws.yaml").read_text()), home, port)
     (home / "user/.ray").mkdir(parents=True)
     (home / "user/.ray/auth_token").write_text(token)  # the user's; the nodes get it by file_mounts

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.channel import Mailbox
-from cluster.protocol import Place, RouterHello, RouterMessage, SamplingParams, SchedulerMessage, Withdraw
+from cluster.protocol import ClusterStatus, Place, RouterHello, RouterMessage, SamplingParams, SchedulerMessage, Stop, Withdraw
 from router.dispatcher import Dispatcher
 from router.generation import ChoiceDelta, Generation, Unavailable
 
@@ -57,6 +57,60 @@ def test_stop_ends_the_readers_instead_of_leaving_them_waiting() -> None:
             await cluster.hears(Withdraw)
             with pytest.raises(Unavailable):
                 await read(cluster.dispatcher)
+
+    run(test())
+
+
+def test_the_last_word_is_a_goodbye() -> None:
+    async def test() -> None:
+        cluster = Cluster()
+        with cluster.scheduler:
+            cluster.dispatcher.start()
+            hello = await cluster.hears(RouterHello)
+            await cluster.dispatcher.stop()
+            goodbye = await cluster.hears(RouterHello)
+            assert isinstance(hello, RouterHello)
+            assert isinstance(goodbye, RouterHello)
+            assert (hello.leaving, goodbye.leaving) == (False, True)
+            assert hello.router == goodbye.router
+
+    run(test())
+
+
+def test_when_told_to_stop_it_ends_its_readers_and_takes_no_more() -> None:
+    async def test() -> None:
+        cluster = Cluster()
+        with cluster.scheduler:
+            cluster.dispatcher.start()
+            reader = asyncio.create_task(read(cluster.dispatcher))
+            await cluster.hears(Place)
+            cluster.scheduler.send(cluster.mailbox.address, Stop())
+            with pytest.raises(Unavailable):
+                await asyncio.wait_for(reader, LIMIT_S)
+            await cluster.hears(Withdraw)
+            with pytest.raises(Unavailable):
+                await read(cluster.dispatcher)
+            await cluster.hears(RouterHello)  # it is still there
+            await cluster.dispatcher.stop()
+
+    run(test())
+
+
+def test_a_scheduler_elsewhere_is_spoken_to_from_then_on() -> None:
+    async def test() -> None:
+        cluster = Cluster()
+        with cluster.scheduler, Mailbox[SchedulerMessage](SchedulerMessage, HOST) as other:
+            cluster.dispatcher.start()
+            await cluster.hears(RouterHello)
+            other.send(cluster.mailbox.address, ClusterStatus([], 0, []))
+            cluster.dispatcher.scheduler_at(other.address)
+            cluster.scheduler = other
+            await cluster.hears(RouterHello)
+            reader = asyncio.create_task(read(cluster.dispatcher))
+            await cluster.hears(Place)
+            assert cluster.dispatcher.silence_s < LIMIT_S
+            reader.cancel()
+            await cluster.dispatcher.stop()
 
     run(test())
 

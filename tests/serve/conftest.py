@@ -1,14 +1,13 @@
 """One served demo model for all tests that need Ray: started by the command that users start it by, on a free port."""
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,20 +19,12 @@ import pytest
 
 from cluster.model import DEMO_MODEL
 from router.client import Client
+from tests.serve.nodes import Nodes, free_ports, marked
 
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60
 MARK = "RAYLINE_TEST_SERVER"
 """Environment variable that all processes of a server inherit: its port."""
-
-
-def free_ports(count: int) -> list[int]:
-    """So many different ones, free on all addresses."""
-    with contextlib.ExitStack() as probes:
-        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
-        for probe in sockets:
-            probe.bind(("0.0.0.0", 0))
-        return [probe.getsockname()[1] for probe in sockets]
 
 
 @dataclass
@@ -91,15 +82,7 @@ class Server:
 
     def processes(self) -> list[int]:
         """Ids of all live processes that this server started, itself included."""
-        mark = f"{MARK}={self.url.rsplit(':', 1)[1]}".encode()
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-            except OSError:
-                pass  # gone meanwhile, or somebody else's
-        return found
+        return marked(f"{MARK}={urllib.parse.urlsplit(self.url).port}")
 
     def stop(self) -> int:
         """Ctrl-C, as a terminal sends it; the exit status."""
@@ -108,15 +91,22 @@ class Server:
         return self.process.wait(STOP_TIMEOUT_S)
 
 
-def start_server(log: Path, *options: str) -> Server:
-    """`rayline serve` with `options`, ready to answer."""
-    port, grpc_port = free_ports(2)
+def start_server(log: Path, *options: str, nodes: Nodes | None = None, port: int = 0, prefix: str = "") -> Server:
+    """`rayline serve` with `options`, ready to answer. On a cluster of its own, or on `nodes`; at a free port, or at `port`."""
+    free, grpc_port = free_ports(2)
+    port = port or free
     command = [sys.executable, "-m", "cluster.cli", "serve", *options, "--host", "127.0.0.1"]
     command += ["--port", str(port), "--grpc-port", str(grpc_port)]
+    mark = {**os.environ, MARK: str(port)}
+    if nodes is not None:
+        mark |= nodes.environment
+    if "--threads" not in options:  # more of them wait for each other on a machine that others use
+        command += ["--threads", "1"]
+    if prefix:
+        command += ["--route-prefix", prefix]
     with log.open("wb") as output:
-        mark = {**os.environ, MARK: str(port)}
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=mark)
-    server = Server(process, f"http://127.0.0.1:{port}", log, grpc_port)
+    server = Server(process, f"http://127.0.0.1:{port}{prefix}", log, grpc_port)
     end = time.monotonic() + START_TIMEOUT_S
     while True:
         assert process.poll() is None, log.read_text()
@@ -138,3 +128,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     yield running
     if running.process.poll() is None:
         assert running.stop() == 0, log.read_text()
+
+
+@pytest.fixture(scope="session")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """A Ray cluster of three nodes with two CPUs each, all on this machine."""
+    with Nodes(tmp_path_factory.mktemp("nodes"), [2, 2, 2]) as running:
+        yield running

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.conftest import STOP_TIMEOUT_S, Server, free_ports, start_server
+from tests.serve.conftest import STOP_TIMEOUT_S, Server, start_server
+from tests.serve.nodes import free_ports
 
 pytestmark = pytest.mark.serve
 

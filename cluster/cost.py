@@ -1,0 +1,44 @@
+"""What an iteration costs in a stage, learnt from the iterations that were: fixed seconds plus seconds for each token.
+
+Of a prompt of n tokens cut into chunks of c the last of p stages is done after (n / c + p - 1) (fixed + c * per_token) seconds.
+That is least for c = sqrt(n / (p - 1) * fixed / per_token): only the ratio of the two counts, the number of tokens that take as
+long as an iteration's fixed part. It is a few on CPUs and some hundreds on GPUs, so it is measured and not guessed.
+"""
+
+import math
+
+_FADE = 0.99
+"""Weight of an observation after each later one: what counts are the last hundred."""
+_GUESS = 32.0
+_LEAST, _MOST = 2.0, 1024.0
+
+
+class StepCost:
+    """A straight line through (tokens, seconds) of the last iterations, by least squares with fading weights."""
+
+    def __init__(self) -> None:
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """An iteration of so many tokens took so long in a stage."""
+        self._weight = self._weight * _FADE + 1.0
+        self._x = self._x * _FADE + tokens
+        self._y = self._y * _FADE + seconds
+        self._xx = self._xx * _FADE + tokens * tokens
+        self._xy = self._xy * _FADE + tokens * seconds
+
+    @property
+    def fixed_tokens(self) -> float:
+        """How many tokens take as long as an iteration's fixed part. A guess as long as too few sizes were seen to tell."""
+        if self._weight == 0.0:
+            return _GUESS
+        mean_x, mean_y = self._x / self._weight, self._y / self._weight
+        variance = self._xx / self._weight - mean_x**2
+        slope = (self._xy / self._weight - mean_x * mean_y) / variance if variance > (mean_x / 4) ** 2 else 0.0
+        if slope <= 0.0:
+            return _GUESS
+        return min(_MOST, max(_LEAST, mean_y / slope - mean_x))
+
+    def chunk(self, backlog: int, num_stages: int) -> int:
+        """The chunk, in tokens, that brings `backlog` tokens of prompts through `num_stages` (at least 2) stages soonest."""
+        return max(1, math.ceil(math.sqrt(self.fixed_tokens * backlog / (num_stages - 1))))

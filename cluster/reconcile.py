@@ -1,0 +1,129 @@
+"""One set of scheduler and engines per application and settings: found where it exists, made where it does not."""
+
+import dataclasses
+import logging
+import secrets
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.actors import EngineActor, SchedulerActor
+from cluster.bundles import resource_of
+from cluster.config import Config, ConfigError
+from cluster.finder import SCHEDULER, find_actor, named_actors
+from cluster.nodes import alive_nodes, has_gpus
+
+_ACTOR_TIMEOUT_S = 60.0
+_CHECK_TIMEOUT_S = 30.0
+_ATTEMPTS = 10
+
+log = logging.getLogger(__name__)
+
+
+def namespace_of(application: str, config: Config) -> str:
+    """Ray's namespace of the scheduler and engines that serve `config` as the Serve application of that name."""
+    return f"{application}-{config.digest}"
+
+
+def ensure_cluster(config: Config, application: str, secret: str = "") -> tuple[str, str]:
+    """Find the application's scheduler and engines, or start them; returns the scheduler's address and the mailboxes' secret.
+
+    `secret`: the one to use where a scheduler has to be made, for a caller that has a mailbox already. May be called by many
+    processes at once. Does not wait for engines to load: until one has, requests queue and /health says 503. Raises
+    ConfigError where the model is missing on a node that could run it.
+    """
+    lease = namespace_of(application, config)
+    resolved = on_device(config)
+    if find_actor(SCHEDULER, lease) is None:
+        check_model(resolved)
+        secret = _secret_of_engines(lease) or secret
+    address, secret = _scheduler(resolved, lease, secret or secrets.token_hex())
+    for number in range(config.engines):
+        name = f"engine-{number}"
+        ray.remote(EngineActor).options(name=name, **_always(lease)).remote(resolved, name, address, lease, secret)
+    return address, secret
+
+
+def _always(lease: str) -> dict[str, Any]:
+    """Detached, and zero CPUs of Ray's accounting: these actors mostly wait for messages, and must never be queued behind work."""
+    return {"num_cpus": 0, "namespace": lease, "lifetime": "detached", "get_if_exists": True, "max_restarts": -1}
+
+
+def _secret_of_engines(lease: str) -> str:
+    """Engines that have lost their scheduler for good keep their mailboxes; a new scheduler must be able to speak to them."""
+    for name in named_actors(lease):
+        engine = find_actor(name, lease)
+        try:
+            if engine is not None:
+                return str(ray.get(engine.secret.remote(), timeout=_ACTOR_TIMEOUT_S))
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            log.info("%s does not tell its secret: %s", name, error)
+    return ""
+
+
+def _scheduler(config: Config, lease: str, secret: str) -> tuple[str, str]:
+    for attempt in range(_ATTEMPTS):
+        options = ray.remote(SchedulerActor).options(name=SCHEDULER, **_always(lease))
+        scheduler = options.remote(config, _free_port(), lease, secret)
+        try:
+            address, secret = ray.get([scheduler.address.remote(), scheduler.secret.remote()], timeout=_ACTOR_TIMEOUT_S)
+            return address, secret
+        except ray.exceptions.RayActorError as error:  # the one that was found was just ending, or is between two lives
+            log.info("attempt %d: the scheduler does not answer: %s", attempt, error)
+            time.sleep(1.0)
+        except ray.exceptions.GetTimeoutError:
+            log.warning("the scheduler hangs; it is started anew")
+            ray.kill(scheduler, no_restart=False)
+    raise RuntimeError(f"no scheduler can be started under {lease}")
+
+
+def on_device(config: Config) -> Config:
+    """`config` with its device resolved: the same for all ranks, by whether the cluster has GPUs."""
+    if config.device != "auto":
+        return config
+    return dataclasses.replace(config, device="cuda" if has_gpus() else "cpu")
+
+
+def check_model(config: Config) -> None:
+    """Raise ConfigError, naming node and path, where a node that could host a rank has no such model directory.
+
+    Hub ids are not checked: they are downloaded where they are needed.
+    """
+    model = config.model
+    if not (model.startswith((".", "/", "~")) or is_model(model)):
+        return
+    here = ray.get_runtime_context().get_node_id()
+    look = ray.remote(num_cpus=0, max_retries=0)(is_model)
+    asked = {}
+    for node in alive_nodes():
+        if node.total.get(resource_of(config), 0.0) <= 0 or (node.id == here and is_model(model)):
+            continue
+        pinned = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        asked[look.options(scheduling_strategy=pinned).remote(model)] = node
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=_CHECK_TIMEOUT_S) if asked else ([], [])
+    for answer in answered:
+        try:
+            there = ray.get(answer, timeout=1.0)
+        except ray.exceptions.RayError as error:  # that node just went, most likely
+            log.warning("node %s could not be asked for the model: %s", asked[answer].address, str(error).splitlines()[0])
+            continue
+        if not there:
+            raise ConfigError(f"node {asked[answer].address} has no model directory {model}: every node that runs workers needs it")
+    for answer in silent:
+        log.warning("node %s does not say whether it has the model", asked[answer].address)
+
+
+def is_model(path: str) -> bool:
+    """Whether there is a model directory on this machine."""
+    return (Path(path).expanduser() / "config.json").is_file()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
