@@ -143,6 +143,7 @@ class Bench:
             rows: list[list[Cell]] = []
             try:
                 for mesh in meshes:
+                    self.report.say(f"checking exchanges over {mesh.tp}x{mesh.pp} ranks")
                     rows += [measured.row for measured in check_mesh(mesh, self._device)]
             finally:
                 name = "NCCL" if self._device == "cuda" else "gloo"
@@ -166,6 +167,7 @@ class Bench:
         expected: list[list[int]] = []
         rows: list[list[Cell]] = []
         for grid in self._configs:
+            self.report.say(f"{grid}: asking for tokens to compare")
             with deployed(self._words(grid)) as url:
                 answered = run(url, asked, len(asked))
             if answered.failed:

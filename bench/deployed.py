@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import click
@@ -63,6 +63,7 @@ def deployed(words: Sequence[str]) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        said.close()
 
 
 def free_port() -> int:
@@ -88,7 +89,8 @@ class _Said:
         self._stopping = False
         self._changed = threading.Condition()
         self._over = False
-        threading.Thread(target=self._read, daemon=True).start()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
 
     def url(self) -> str:
         """The base URL, once it is said; `rayline serve` itself ends when loading takes too long."""
@@ -103,9 +105,17 @@ class _Said:
         with self._changed:
             return self._changed.wait_for(lambda: self._stopping or self._over, within_s)
 
+    def close(self) -> None:
+        """The process has ended. What it started may hold its output open for longer; that is not waited for."""
+        self._thread.join(_NOTICE_S)
+
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
+        with self._process.stdout:
+            self._take(self._process.stdout)
+
+    def _take(self, lines: Iterable[str]) -> None:
+        for line in lines:
             with self._changed:
                 self._last.append(line.rstrip())
                 if found := _READY.match(line):
