@@ -27,7 +27,7 @@ class Answer:
     sent: float
     tokens: list[int] = field(default_factory=list)
     arrivals: list[float] = field(default_factory=list)
-    """When tokens came: one for each delivery, which may hold several."""
+    """When tokens came: one for each delivery, that is, all that could be read at once."""
     ended: float = 0.0
     error: str = ""
 
@@ -109,8 +109,10 @@ async def _ask(client: httpx.AsyncClient, asked: dict[str, Any]) -> Answer:
             if response.status_code != 200:
                 answer.error = f"HTTP {response.status_code}: {(await response.aread()).decode(errors='replace')[:300]}"
             else:
-                async for line in response.aiter_lines():
-                    _take(answer, line)
+                rest = b""
+                async for read in response.aiter_bytes():
+                    *lines, rest = (rest + read).split(b"\n")
+                    _take(answer, lines)
     except httpx.HTTPError as error:
         answer.error = f"{type(error).__name__}: {error}"
     answer.ended = time.perf_counter()
@@ -119,15 +121,16 @@ async def _ask(client: httpx.AsyncClient, asked: dict[str, Any]) -> Answer:
     return answer
 
 
-def _take(answer: Answer, line: str) -> None:
-    """A line of server-sent events."""
-    if not line.startswith("data: ") or line == "data: [DONE]":
-        return
-    event = json.loads(line[6:])
-    if "error" in event:
-        answer.error = str(event["error"].get("message"))
-        return
-    tokens = [token for choice in event["choices"] for token in choice.get("token_ids") or ()]
-    if tokens:
-        answer.tokens += tokens
+def _take(answer: Answer, lines: Sequence[bytes]) -> None:
+    """Lines of server-sent events that were read at once."""
+    before = len(answer.tokens)
+    for line in lines:
+        if not line.startswith(b"data: ") or line.rstrip() == b"data: [DONE]":
+            continue
+        event = json.loads(line[6:])
+        if "error" in event:
+            answer.error = str(event["error"].get("message"))
+        for choice in event.get("choices", ()):
+            answer.tokens += choice.get("token_ids") or ()
+    if len(answer.tokens) > before:
         answer.arrivals.append(time.perf_counter())

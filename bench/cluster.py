@@ -12,8 +12,9 @@ it, each part starts a Ray of its own on this machine. Three parts, one after th
 
 Rates are those of a whole run, from the first request to the last token. TTFT and ITL are what a client sees: from asking to the
 first token, and between deliveries, each of one or more tokens. bubble is 1 - stages' computing time / (stages x time) by the
-engines' own account; on CUDA with pp > 1 it is not shown, since only the last stage waits for its device. client CPU is what this
-program itself took of one core: near 1 it is what was measured.
+engines' own account: what a pipeline wastes and, with few streams, what the load leaves idle. On CUDA with pp > 1 it is not shown,
+since only the last stage waits for its device. client CPU is what this program itself took of one core: near 1 it is what was
+measured.
 """
 
 import argparse
