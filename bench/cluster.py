@@ -92,6 +92,7 @@ class Bench:
     def run(self) -> int:
         """All parts; 1 where some request failed."""
         self._prepare()
+        signal.signal(signal.SIGTERM, _stop)  # Ray put its own in its place, and took that away when it ended
         if not self._arguments.skip_check:
             self._same_tokens()
         return self._load()
@@ -148,7 +149,8 @@ class Bench:
                     rows += [measured.row for measured in check_mesh(mesh, self._device)]
             finally:
                 name = "NCCL" if self._device == "cuda" else "gloo"
-                self.report.table(f"exchanges between ranks over {name}: values right, and", COLUMNS, rows)
+                if rows:
+                    self.report.table(f"exchanges between ranks over {name}: values right, and", COLUMNS, rows)
 
     def _look_at_resources(self, resources: dict[str, float]) -> None:
         """Say what will have to wait. It is no error: an autoscaler may bring more."""
@@ -206,7 +208,8 @@ class Bench:
                         before = after
         finally:
             self.report.record("runs", runs)
-            self.report.table(f"{self._config.model_name} under load", LOAD_COLUMNS, rows)
+            if rows:
+                self.report.table(f"{self._config.model_name} under load", LOAD_COLUMNS, rows)
         if errors:
             self.report.say(f"FAILED: {len(errors)} requests, the first one by: {errors[0]}")
         return 1 if errors else 0
