@@ -23,7 +23,7 @@ import shlex
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,7 +38,7 @@ from bench.deployed import DeployError, config_of, deployed, free_port, used_err
 from bench.grids import Grid, parse_grids, parse_range, random_shapes
 from bench.report import Cell, Report, command_line
 from bench.same_tokens import compare, requests
-from bench.workload import Shape, dropped, jobs, read_trace
+from bench.workload import Job, Shape, dropped, jobs, read_trace
 from cluster.cli import protect_ray
 from cluster.config import Config, ConfigError
 from cluster.model import DEMO_MODEL, ModelFiles, open_model
@@ -194,27 +194,35 @@ class Bench:
         errors: list[str] = []
         try:
             for grid in self._configs:
-                with deployed(self._words(grid)) as url:
-                    self._warm_up(url)
-                    before = settled(url)
-                    for streams in self._arguments.concurrency:
-                        made = self._jobs(streams)
-                        done = run(url, [body(job) for job in made], streams)
-                        after = settled(url)
-                        rows.append(row(grid, streams, done, after.since(before), self._shows_bubble(grid)))
-                        runs.append(dict(zip(LOAD_COLUMNS, rows[-1], strict=True)) | _raw(done, after.since(before)))
+                try:
+                    for streams, done, counted in self._loaded(grid):
+                        rows.append(row(grid, streams, done, counted, self._shows_bubble(grid)))
+                        runs.append(dict(zip(LOAD_COLUMNS, rows[-1], strict=True)) | _raw(done, counted))
                         self.report.say(f"{grid}, {streams} streams: {done.output_tokens / done.seconds:.1f} output tokens/s")
-                        errors += [answer.error for answer in done.failed]
-                        before = after
+                        errors += [f"{grid}: {answer.error}" for answer in done.failed]
+                except (DeployError, OSError, RuntimeError) as error:  # the other grids may do
+                    self.report.say(f"{grid} is left out: {error}")
+                    errors.append(f"{grid} is left out")
         finally:
             self.report.record("runs", runs)
             if rows:
                 self.report.table(f"{self._config.model_name} under load", LOAD_COLUMNS, rows)
         if errors:
-            self.report.say(f"FAILED: {len(errors)} requests, the first one by: {errors[0]}")
+            self.report.say(f"FAILED: {errors[0]}" + (f", and {len(errors) - 1} more" if len(errors) > 1 else ""))
         return 1 if errors else 0
 
-    def _jobs(self, streams: int) -> list[Any]:
+    def _loaded(self, grid: Grid) -> Iterator[tuple[int, Run, Counters]]:
+        """Deploys it and yields each number of streams, what their clients saw and what the cluster counted meanwhile."""
+        with deployed(self._words(grid)) as url:
+            self._warm_up(url)
+            before = settled(url)
+            for streams in self._arguments.concurrency:
+                done = run(url, [body(job) for job in self._jobs(streams)], streams)
+                after = settled(url)
+                yield streams, done, after.since(before)
+                before = after
+
+    def _jobs(self, streams: int) -> list[Job]:
         """The same for all grids; other tokens for another number of streams, so that no run finds its prompts cached."""
         return jobs(self._shapes[: self._count(streams)], self._files.shape.vocab_size, salt=streams)
 
