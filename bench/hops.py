@@ -133,11 +133,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--bytes", type=options.positive, default=2048, help="size of a plan (default: %(default)s)")
     parser.add_argument("--messages", type=options.positive, default=200, help="plans of a round (default: %(default)s)")
     parser.add_argument("--rounds", type=options.positive, default=10, help="of each side (default: %(default)s)")
+    parser.add_argument("--without-ray", action="store_true", help="measure our side only")
     arguments = parser.parse_args(argv)
     report = Report("hops", command_line(argv))
     sent = plan(arguments.bytes)
     sides: dict[str, Mailboxes | ActorCalls] = {"mailboxes": Mailboxes(arguments.stages, sent)}
-    sides["Ray actor calls"] = ActorCalls(arguments.stages, sent)
+    if not arguments.without_ray:
+        sides["Ray actor calls"] = ActorCalls(arguments.stages, sent)
     taken: dict[str, list[float]] = {name: [] for name in sides}
     try:
         for _ in range(arguments.rounds):

@@ -72,8 +72,12 @@ class LocalRanks:
         runners: list[ModelRunner | None] = [None] * self.mesh.size
         errors: list[Exception] = []
 
+        if config.device != "cpu" and torch.cuda.is_available() and torch.cuda.device_count() < self.mesh.size:
+            devices = torch.cuda.device_count()
+            raise ConfigError(f"tp x pp is {self.mesh.size}, but torch sees only {devices} CUDA devices here: each rank needs one")
+
         def load(rank: int) -> None:
-            torch.set_num_threads(self._cores)
+            self._settle(rank)
             try:
                 member = Membership(self.mesh.seat(rank), store, wait_s=config.load_timeout_s)
                 bar = progress and rank == 0
@@ -90,16 +94,22 @@ class LocalRanks:
             raise next((error for error in errors if isinstance(error, ConfigError)), errors[0])
         loaded = [runner for runner in runners if runner is not None]
         self._threads = [
-            threading.Thread(target=self._run, args=(runner, self._plans[rank]), name=f"rank {rank}", daemon=True)
+            threading.Thread(target=self._run, args=(rank, runner), name=f"rank {rank}", daemon=True)
             for rank, runner in enumerate(loaded)
         ]
         for thread in self._threads:
             thread.start()
         return loaded
 
-    def _run(self, runner: ModelRunner, plans: "queue.SimpleQueue[StepPlan | None]") -> None:
-        torch.set_num_threads(self._cores)  # OpenMP counts by the thread that asks
-        while (plan := plans.get()) is not None:
+    def _settle(self, rank: int) -> None:
+        """Threads and the current device are those of the calling thread."""
+        torch.set_num_threads(self._cores)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+
+    def _run(self, rank: int, runner: ModelRunner) -> None:
+        self._settle(rank)
+        while (plan := self._plans[rank].get()) is not None:
             try:
                 runner.expect(plan)
                 result = runner.execute(plan)
