@@ -82,7 +82,7 @@ class Fleet:
         self._name = f"{application}/{engine}"
         self._application = application
         self._address, self._secret = address, secret
-        self._store = StoreServer(ray.util.get_node_ip_address()) if config.num_ranks > 1 else None
+        self._store: StoreServer | None = None
         self._crew: _Crew | None = None
         self._commands: queue.SimpleQueue[int | str] = queue.SimpleQueue()
         """Epochs to start, and reasons to kill."""
@@ -129,6 +129,8 @@ class Fleet:
         bundles = bundles_for(self._config, alive_nodes())
         if bundles.ranks < self._config.tp:
             log.warning("no node has %d %s: tensor-parallel peers are spread over nodes", self._config.tp, bundles.resource)
+        if self._config.num_ranks > 1:  # a new one for each epoch: what a dying rank leaves in it must not meet the next ones
+            self._store = StoreServer(ray.util.get_node_ip_address())
         group = placement_group(bundles.requests, strategy=bundles.strategy, name=f"{self._name}-{epoch}")
         self._crew = _Crew(epoch, bundles, group, time.monotonic())
         self._look()
