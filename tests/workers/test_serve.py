@@ -98,11 +98,8 @@ def test_results_and_times_go_to_the_engine_and_an_error_ends_it(
     assert [c for c in runner.calls if c[0] == "execute"] == [("execute", step) for step in range(3)]
     assert all(runner.calls.index(("expect", step)) < runner.calls.index(("execute", step)) for step in range(3))
     answers = [got(engine) for _ in range(3)]
-    assert [(a.step, a.error) for a in answers if isinstance(a, StepResult)] == [
-        (0, None),
-        (1, None),
-        (2, "ValueError: a broken part"),
-    ]
+    told = [(answer.step, answer.error) for answer in answers if isinstance(answer, StepResult)]
+    assert told == [(0, None), (1, None), (2, "ValueError: a broken part")]
     intake.close()
 
 
