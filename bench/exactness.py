@@ -16,10 +16,9 @@ import argparse
 import math
 import os
 import random
-import re
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from bench import models, options
+from bench.exactness_page import HEADER, PAGE, Measured, Tally, row, source, write_page
 from bench.plans import PlanWriter
 from bench.report import command_line, cpu_model
 from cluster.config import Config
@@ -40,9 +40,6 @@ from workers.runner import ModelRunner, load_runner
 from workers.sampler import Sampler
 from workers.sequences import SequenceTable, Span
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "exactness.md"
-BEGIN, END = "<!-- table: python -m bench.exactness --write -->", "<!-- end of table -->"
 BLOCK_SIZE = 16
 FULL = 10_000
 """Tokens for each cause where arithmetic is fast."""
@@ -67,17 +64,6 @@ class Case:
     drawn: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     """Per position [vocab] fp32, on the CPU."""
-
-
-@dataclass
-class Tally:
-    """One row of the table."""
-
-    tokens: int = 0
-    greedy: int = 0
-    drawn: int = 0
-    largest: float = 0.0
-    """Difference between two logits."""
 
 
 Observe = Callable[[Case, int, int, int, Tensor], None]
@@ -281,34 +267,6 @@ def load_bare(files: ModelFiles, dtype: str, device: str, length: int) -> ModelR
     return load_runner(files, config, num_blocks=num_blocks)
 
 
-def interval(flips: int, tokens: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927); for no flips its upper end is 3.84 / tokens."""
-    z2 = 1.96**2
-    middle = (flips + z2 / 2) / (tokens + z2)
-    half = math.sqrt(z2 * (flips * (tokens - flips) / tokens + z2 / 4)) / (tokens + z2)
-    return max(0.0, middle - half) if flips else 0.0, middle + half
-
-
-def rate(flips: int, tokens: int) -> str:
-    """Flips per 10,000 with their interval."""
-    if not tokens:
-        return "not counted"
-    low, high = interval(flips, tokens)
-    return f"{1e4 * flips / tokens:.3g} ({1e4 * low:.2g} to {1e4 * high:.2g})"
-
-
-def row(model: str, dtype: str, cause: str, tally: Tally) -> str:
-    """A line of the table."""
-    cells = [model, dtype, cause, f"{tally.tokens}", rate(tally.greedy, tally.tokens), rate(tally.drawn, tally.tokens)]
-    return f"| {' | '.join(cells)} | {f'{tally.largest:.1e}' if tally.tokens else '-'} |"
-
-
-HEADER = (
-    "| model | dtype | cause | tokens | greedy flips per 10,000 (95 %) | drawn flips per 10,000 (95 %) | largest logit gap |",
-    "|---|---|---|---|---|---|---|",
-)
-
-
 def default_counts(files: ModelFiles, dtype: str, device: torch.device) -> tuple[int, int]:
     """Tokens for each cause and sequences at a time: fewer in what a CPU without bf16 arithmetic takes long for."""
     if device.type == "cuda" or cpu_computes_bfloat16():
@@ -317,52 +275,6 @@ def default_counts(files: ModelFiles, dtype: str, device: torch.device) -> tuple
     if dtype == "float32":
         return (2560, WAVE) if large else (FULL, WAVE)
     return (512, 16) if large else (2560, WAVE)
-
-
-# --- the page ------------------------------------------------------------------------------------------------------
-
-Pair = tuple[str, str]
-"""Model and dtype."""
-
-
-@dataclass
-class Measured:
-    """What the page has of one pair."""
-
-    source: str
-    """Device, command line and machine, as one line says them."""
-    rows: list[str] = field(default_factory=list)
-
-
-def source(device: str, command: str, machine: str) -> str:
-    """A pair's line below the table, from the device on."""
-    return f"{device}, `{command}`, {machine}"
-
-
-_ROW = re.compile(r"\| ([^|]+) \| ([^|]+) \| [^|]+ \| \d+ \|")
-_SOURCE = re.compile(r"- ([^,]+), ([^,]+): ((?:cpu|cuda), `[^`]+`, .+)")
-
-
-def read_page(page: Path = PAGE) -> dict[Pair, Measured]:
-    """What stands between the markers. Raises ValueError for a row without a source."""
-    lines = page.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].splitlines()
-    found = {(match[1], match[2]): Measured(match[3]) for line in lines if (match := _SOURCE.fullmatch(line))}
-    for line in lines:
-        if match := _ROW.match(line):
-            if (match[1], match[2]) not in found:
-                raise ValueError(f"{page.name} does not say what gave: {line}")
-            found[match[1], match[2]].rows.append(line)
-    return found
-
-
-def write_page(measured: Mapping[Pair, Measured], page: Path = PAGE) -> None:
-    """Put the pairs between the markers, in place of what was there of just these."""
-    found = {**read_page(page), **measured}
-    rows = [row for one in found.values() for row in one.rows]
-    sources = [f"- {model}, {dtype}: {one.source}" for (model, dtype), one in found.items()]
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    parts = (before + BEGIN, "", *HEADER, *rows, "", "What gave the rows:", "", *sources, "", END)
-    page.write_text("\n".join(parts) + rest.split(END)[1], encoding="utf-8")
 
 
 def _machine(device: torch.device, threads: int) -> str:

@@ -6,25 +6,8 @@ import pytest
 import torch
 
 from bench import exactness
-from bench.exactness import (
-    BEGIN,
-    CAUSES,
-    END,
-    HEADER,
-    PAGE,
-    Measured,
-    Tally,
-    default_counts,
-    interval,
-    load_bare,
-    main,
-    measure,
-    rate,
-    read_page,
-    row,
-    source,
-    write_page,
-)
+from bench.exactness import CAUSES, default_counts, load_bare, main, measure
+from bench.exactness_page import BEGIN, END, HEADER, PAGE, Measured, Tally, interval, rate, read_page, row, source, write_page
 from cluster.model import DEMO_MODEL, open_model
 
 
