@@ -65,6 +65,12 @@ class LocalRanks:
         for thread in self._threads:
             thread.join()
 
+    def settle(self, rank: int) -> None:
+        """Make the calling thread one of the rank's: torch keeps the number of threads and the current device per thread."""
+        torch.set_num_threads(self._cores)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+
     def _load(self, files: ModelFiles, config: Config, num_blocks: int | None, progress: bool) -> list[ModelRunner]:
         from torch.distributed import HashStore  # type: ignore[attr-defined]
 
@@ -77,7 +83,7 @@ class LocalRanks:
             raise ConfigError(f"tp x pp is {self.mesh.size}, but torch sees only {devices} CUDA devices here: each rank needs one")
 
         def load(rank: int) -> None:
-            self._settle(rank)
+            self.settle(rank)
             try:
                 member = Membership(self.mesh.seat(rank), store, wait_s=config.load_timeout_s)
                 bar = progress and rank == 0
@@ -101,14 +107,8 @@ class LocalRanks:
             thread.start()
         return loaded
 
-    def _settle(self, rank: int) -> None:
-        """Threads and the current device are those of the calling thread."""
-        torch.set_num_threads(self._cores)
-        if torch.cuda.is_available():
-            torch.cuda.set_device(rank % torch.cuda.device_count())
-
     def _run(self, rank: int, runner: ModelRunner) -> None:
-        self._settle(rank)
+        self.settle(rank)
         while (plan := self._plans[rank].get()) is not None:
             try:
                 runner.expect(plan)
