@@ -1,10 +1,13 @@
-"""The table of docs/exactness.md: how its rows look, and how those of one model and dtype are replaced (bench.exactness)."""
+"""The table of docs/exactness.md: how its rows look, and how those of one part are replaced (bench.exactness)."""
 
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+from bench import divided
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "exactness.md"
@@ -50,13 +53,21 @@ HEADER = (
 )
 
 
-Pair = tuple[str, str]
-"""Model and dtype."""
+class Part(NamedTuple):
+    """Rows that one command gave: all causes of one model and dtype, those of a divided model apart."""
+
+    model: str
+    dtype: str
+    divided: bool = False
+
+    def __str__(self) -> str:
+        """What its line below the table begins with."""
+        return f"{self.model}, {self.dtype}" + (", divided" if self.divided else "")
 
 
 @dataclass
 class Measured:
-    """What the page has of one pair."""
+    """What the page has of one part."""
 
     source: str
     """Device, command line and machine, as one line says them."""
@@ -64,31 +75,35 @@ class Measured:
 
 
 def source(device: str, command: str, machine: str) -> str:
-    """A pair's line below the table, from the device on."""
+    """A part's line below the table, from the device on."""
     return f"{device}, `{command}`, {machine}"
 
 
-_ROW = re.compile(r"\| ([^|]+) \| ([^|]+) \| [^|]+ \| \d+ \|")
-_SOURCE = re.compile(r"- ([^,]+), ([^,]+): ((?:cpu|cuda), `[^`]+`, .+)")
+_ROW = re.compile(r"\| ([^|]+) \| ([^|]+) \| ([^|]+) \| \d+ \|")
+_SOURCE = re.compile(r"- ([^,]+), ([^,:]+)(, divided)?: ((?:cpu|cuda), `[^`]+`, .+)")
 
 
-def read_page(page: Path = PAGE) -> dict[Pair, Measured]:
+def read_page(page: Path = PAGE) -> dict[Part, Measured]:
     """What stands between the markers. Raises ValueError for a row without a source."""
     lines = page.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].splitlines()
-    found = {(match[1], match[2]): Measured(match[3]) for line in lines if (match := _SOURCE.fullmatch(line))}
+    sources = [match for line in lines if (match := _SOURCE.fullmatch(line))]
+    found = {Part(match[1], match[2], match[3] is not None): Measured(match[4]) for match in sources}
     for line in lines:
         if match := _ROW.match(line):
-            if (match[1], match[2]) not in found:
+            part = Part(match[1], match[2], match[3] in divided.CAUSES)
+            if part not in found:
                 raise ValueError(f"{page.name} does not say what gave: {line}")
-            found[match[1], match[2]].rows.append(line)
+            found[part].rows.append(line)
     return found
 
 
-def write_page(measured: Mapping[Pair, Measured], page: Path = PAGE) -> None:
-    """Put the pairs between the markers, in place of what was there of just these."""
+def write_page(measured: Mapping[Part, Measured], page: Path = PAGE) -> None:
+    """Put the parts between the markers, in place of what was there of just these; those of a model and dtype side by side."""
     found = {**read_page(page), **measured}
-    rows = [row for one in found.values() for row in one.rows]
-    sources = [f"- {model}, {dtype}: {one.source}" for (model, dtype), one in found.items()]
+    pairs = list(dict.fromkeys((part.model, part.dtype) for part in found))
+    parts = sorted(found, key=lambda part: (pairs.index((part.model, part.dtype)), part.divided))
+    rows = [row for part in parts for row in found[part].rows]
+    sources = [f"- {part}: {found[part].source}" for part in parts]
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    parts = (before + BEGIN, "", *HEADER, *rows, "", "What gave the rows:", "", *sources, "", END)
-    page.write_text("\n".join(parts) + rest.split(END)[1], encoding="utf-8")
+    lines = (before + BEGIN, "", *HEADER, *rows, "", "What gave the rows:", "", *sources, "", END)
+    page.write_text("\n".join(lines) + rest.split(END)[1], encoding="utf-8")

@@ -15,8 +15,12 @@ from workers.runner import ModelRunner
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    return make_model(tmp_path_factory.mktemp("divided"), "qwen3-tied-bias")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyModel]:
+    """With one thread for all: their number can change bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield make_model(tmp_path_factory.mktemp("divided"), "qwen3-tied-bias")
+    torch.set_num_threads(threads)
 
 
 def config(model: TinyModel, tp: int, pp: int) -> Config:
