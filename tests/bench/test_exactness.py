@@ -88,6 +88,7 @@ def test_the_page_has_the_table_of_the_command() -> None:
     assert "\n".join(HEADER) in PAGE.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
     measured = read_page()
     assert {part.dtype for part in measured} == {"float32", "bfloat16"}
+    assert Part("demo", "float32", divided=True) in measured
     for part, one in measured.items():
         assert "`python -m bench.exactness" in one.source
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in one.rows]
