@@ -34,10 +34,10 @@ class LocalRanks:
         self._step_timeout_s = config.step_timeout_s
         self._results: Results = queue.SimpleQueue()
         self._plans: list[Plans] = []
+        cores = self._cores = config.threads or max(1, torch.get_num_threads() // self.mesh.size)
         if self.mesh.size == 1:
             self.runners = [load_runner(files, config, num_blocks=num_blocks, progress=progress)]
             return
-        cores = config.threads or max(1, torch.get_num_threads() // self.mesh.size)
         self.runners = _load(files, config, self.mesh, cores, num_blocks, progress)
         self._plans = [queue.SimpleQueue() for _ in self.runners]
         self._threads = [
@@ -88,6 +88,10 @@ class LocalRanks:
         _end(self._plans)
         for thread in self._threads if self._plans else ():
             thread.join()
+
+    def settle(self, rank: int) -> None:
+        """Make the calling thread one of the rank's: torch keeps the number of threads and the current device per thread."""
+        _settle(rank, self._cores, self.runners[rank].pool.keys.device.type == "cuda")
 
     def _check(self) -> None:
         if not self.usable:
