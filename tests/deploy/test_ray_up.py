@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.serve.nodes import free_ports
+from tests.deploy.test_configs import login_path
+from tests.serve.nodes import free_ports, marked
 
 pytestmark = pytest.mark.serve
 
@@ -35,18 +36,6 @@ print(sum(node["Alive"] for node in ray.nodes()), ray.cluster_resources().get("f
 """
 
 
-def marked(mark: str) -> list[int]:
-    """Ids of the processes that inherited MARK=mark."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-        except OSError:
-            pass
-    return found
-
-
 @pytest.fixture
 def home() -> Iterator[Path]:
     """HOME of all that the test starts. Its path is short, as Ray's sockets want it; its processes end with it."""
@@ -54,7 +43,7 @@ def home() -> Iterator[Path]:
     try:
         yield path
     finally:
-        while left := marked(str(path)):
+        while left := marked(f"{MARK}={path}"):
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -108,12 +97,14 @@ def test_ray_up_starts_a_head_which_starts_a_worker(home: Path) -> None:
     config = fake(yaml.safe_load((ROOT / "deploy/ray/aws.yaml").read_text()), home, port)
     (home / "user/.ray").mkdir(parents=True)
     (home / "user/.ray/auth_token").write_text(token)  # the user's; the nodes get it by file_mounts
+    commands = Path(sys.executable).parent
+    (home / ".bash_profile").write_text(login_path().replace("/opt/venv/bin", str(commands)))  # for the image's /etc/profile.d
     (home / "cluster.yaml").write_text(yaml.safe_dump(config))
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environ |= {
         MARK: str(home),
         "HOME": str(home),
-        "PATH": f"{Path(sys.executable).parent}:{environ['PATH']}",
+        "PATH": f"{commands}:{environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "RAYLINE_FAKE_HEAD": str(home / "head.json"),
         "RAY_FAKE_CLUSTER": "1",
