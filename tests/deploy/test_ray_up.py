@@ -1,13 +1,10 @@
 """`ray up` from one end to the other on this machine: the commands of deploy/ray/aws.yaml, with Ray's fake multi-node provider."""
 
-import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ import pytest
 import yaml
 
 from tests.deploy.test_configs import login_path
-from tests.serve.nodes import free_ports, marked
+from tests.serve.nodes import end_marked, free_ports
 
 pytestmark = pytest.mark.serve
 
@@ -43,11 +40,7 @@ def home() -> Iterator[Path]:
     try:
         yield path
     finally:
-        while left := marked(f"{MARK}={path}"):
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.1)
+        end_marked(f"{MARK}={path}")
         shutil.rmtree(path)
 
 
