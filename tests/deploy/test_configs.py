@@ -60,7 +60,7 @@ def test_both_files_deploy_the_same() -> None:
 def test_settings_that_stand_there_as_examples_exist() -> None:
     text = (DEPLOY / "serve.yaml").read_text()
     examples = {name: yaml.safe_load(value) for name, value in re.findall(r"^ {6}# ([a-z_]+): (\S+)$", text, re.MULTILINE)}
-    assert set(examples) >= {"tp", "pp", "engines"}
+    assert set(examples) >= {"device", "tp", "pp", "engines"}
     for name, value in examples.items():
         from_mapping({"model": "m", name: value})
 
