@@ -15,7 +15,7 @@ import pytest
 
 from cluster.model import DEMO_MODEL
 from tests.serve.conftest import Server, start_server
-from tests.serve.nodes import Nodes
+from tests.serve.nodes import Nodes, wait_for
 
 pytestmark = [pytest.mark.serve, pytest.mark.chaos]
 TOKENS = 300
@@ -42,15 +42,6 @@ def pair(cluster: Nodes, tmp_path: Path, request: pytest.FixtureRequest) -> Iter
 
 def ready(server: Server) -> int:
     return server.request("/health")[2].count(b'"ready":2') * 2
-
-
-def wait_for(reached: Callable[[], bool], timeout_s: float = 120.0) -> float:
-    """Seconds until it was."""
-    began = time.monotonic()
-    while not reached():
-        assert time.monotonic() < began + timeout_s
-        time.sleep(0.1)
-    return time.monotonic() - began
 
 
 @dataclass
@@ -153,9 +144,9 @@ def test_a_scheduler_killed_for_good_is_made_anew_and_finds_its_engines(cluster:
 
 def test_nodes_die_under_thirty_streams(cluster: Nodes, pair: Server) -> None:
     """Any node but those of the head and of the router, whose clients would have to come again."""
-    numbers = [0, 1, 2]
+    numbers, kinds = [0, 1, 2], ("Worker", "SchedulerActor", "EngineActor")
     died = set()
-    for kind in ("Worker", "SchedulerActor", "EngineActor"):
+    for kind in kinds:
         living = {number: cluster.ask("on", number) for number in numbers}
         safe = [number for number, classes in living.items() if not any(c.startswith("ServeReplica") for c in classes)]
         victim = next((number for number in safe if kind in living[number]), None)
@@ -166,4 +157,8 @@ def test_nodes_die_under_thirty_streams(cluster: Nodes, pair: Server) -> None:
         numbers.remove(victim)
         numbers.append(cluster.ask("add", 2))
         assert len(cluster.left()["groups"]) == 2
+    hit, spared = ([kind for kind in kinds if (kind in died) == wanted] for wanted in (True, False))
+    print(
+        f"nodes removed had: {', '.join(hit) or 'none of ours'}; only beside the router, so not hit: {', '.join(spared) or 'none'}"
+    )
     assert "Worker" in died
