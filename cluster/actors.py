@@ -73,11 +73,11 @@ class SchedulerActor:
         while True:
             message = self._mailbox.receive(TICK_S)
             now = time.monotonic()
-            if message is not None:
-                self._scheduler.receive(message, now)
-            if self._coming.is_set():
+            if self._coming.is_set():  # before the message, which may be that router's hello
                 self._coming.clear()
                 self._scheduler.router_comes(now)
+            if message is not None:
+                self._scheduler.receive(message, now)
             if now >= next_tick:
                 next_tick = now + TICK_S
                 self._scheduler.counted(SCHEDULER, self._mailbox.samples(SCHEDULER))
