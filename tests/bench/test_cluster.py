@@ -3,6 +3,7 @@
 import argparse
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from bench import cluster, collectives
-from bench.clients import Answer, Run, body, percentile, run
+from bench.clients import Answer, Run, _take, body, percentile, run
 from bench.collectives import ALL_GATHER, ALL_REDUCE, HAND_OVER, IN_TURN, Case, ExchangeError, Outcome, Rank, cases, check
 from bench.counters import COMPUTED, ITERATIONS, PREEMPTED, STAGES, Counters, parse, settled
 from bench.deployed import DeployError, config_of, deployed
@@ -248,6 +249,17 @@ def test_a_closed_loop_asks_all_and_times_what_comes() -> None:
     first = done.first_token_ms(50)
     assert first is not None
     assert 0 < first < 1000 * done.seconds
+
+
+def test_what_comes_at_once_is_one_delivery(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1.0, 1.0004, 1.0011, 1.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    answer = Answer(0.5)
+    for token in range(4):
+        _take(answer, [b"", f'data: {{"choices": [{{"token_ids": [{token}]}}]}}'.encode(), b"data: [DONE]"])
+    assert answer.tokens == [0, 1, 2, 3]
+    assert answer.arrivals == [1.0, 1.0011, 1.5]
+    assert answer.first_token_s == 0.5
 
 
 def test_what_fails_is_told() -> None:
