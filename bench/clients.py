@@ -19,7 +19,7 @@ from bench.workload import Job
 _LIMIT_S = 1200.0
 """For one answer, its time in queues included."""
 TOGETHER_S = 0.001
-"""What comes within so long of a delivery's first token belongs to it: a client, or a proxy, that was held up finds several waiting."""
+"""What comes within so long of a delivery's first token belongs to it: a client or proxy that was held up finds several waiting."""
 
 
 @dataclass

@@ -86,7 +86,7 @@ def test_a_wrong_value_is_an_error_that_names_the_exchange(monkeypatch: pytest.M
     mesh, store = Mesh(2, 2), HashStore()
     monkeypatch.setattr(where, name, broken)
     with pytest.raises(ExchangeError, match=rf"^{exchange} of 3 x 101 bfloat16 over 2x2 ranks: rank \d: ValueError"):
-        checked(mesh, [Case(exchange, "bfloat16", 3, 101)], lambda rank: store)
+        checked(mesh, [Case(exchange, "bfloat16", 3, 101)], lambda rank: store, timeout_s=3.0)
 
 
 def test_a_rank_that_stays_away_is_a_time_out_that_names_the_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
