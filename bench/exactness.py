@@ -1,32 +1,37 @@
 """How often a token flips: the table of docs/exactness.md.
 
-    python -m bench.exactness [MODEL ...] [--dtypes float32 bfloat16] [--tokens N] [--write]
+    python -m bench.exactness [MODEL ...] [--dtypes float32 bfloat16] [--parts whole divided] [--tokens N] [--write]
 
 MODEL is a directory, or the name of a model of bench.models, which is made in a temporary directory; the demo and S where none is
-named. --write puts the rows into docs/exactness.md, in place of those of the same models and dtypes, with the command line and the
-machine that gave them. Without --tokens and --sequences it counts as much as default_counts says.
+named. --write puts the rows into docs/exactness.md, in place of those of the same models, dtypes and parts, with the command line
+and the machine that gave them. Without --tokens and --sequences it counts as much as default_counts says.
 
 The reference of a sequence is itself run alone: its whole prompt in one prefill, then token by token; every other sequence goes on
 with its likeliest tokens, the rest with tokens drawn at temperature 1. Each cause then runs the same sequences in another way, but
 on the reference's tokens whatever comes out, so that one flip doesn't bring others. At every position two flips are possible: the
 arg-max of the logits is not the reference's, and the token drawn from them at temperature 1 with the sequence's seed is not.
+
+The part "divided" runs them on tensor-parallel ranks or pipeline stages that are threads of this process (bench.divided): alone,
+against that reference, and in batches, against alone on the same ranks.
 """
 
 import argparse
 import math
 import os
 import random
-import re
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench import models, options
+from bench import divided, models, options
+from bench.divided import Divided, can_divide
+from bench.exactness_page import HEADER, PAGE, Measured, Part, Tally, row, source, write_page
 from bench.plans import PlanWriter
 from bench.report import command_line, cpu_model
 from cluster.config import Config
@@ -34,15 +39,13 @@ from cluster.model import DEMO_MODEL, ModelFiles, open_model
 from cluster.protocol import SamplingParams
 from compress.corpus import collect, standard_library
 from parallel.linear import cpu_computes_bfloat16
+from parallel.mesh import Mesh
 from router.tokenizer import load
 from workers.device import resolve_device, torch_dtype
 from workers.runner import ModelRunner, load_runner
 from workers.sampler import Sampler
 from workers.sequences import SequenceTable, Span
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "exactness.md"
-BEGIN, END = "<!-- table: python -m bench.exactness --write -->", "<!-- end of table -->"
 BLOCK_SIZE = 16
 FULL = 10_000
 """Tokens for each cause where arithmetic is fast."""
@@ -68,16 +71,20 @@ class Case:
     logits: list[Tensor] = field(default_factory=list)
     """Per position [vocab] fp32, on the CPU."""
 
+    def keep(self, likeliest: int, drawn: int, logits: Tensor) -> None:
+        """What the reference gives at its next position."""
+        self.greedy.append(likeliest)
+        self.drawn.append(drawn)
+        self.logits.append(logits)
 
-@dataclass
-class Tally:
-    """One row of the table."""
 
-    tokens: int = 0
-    greedy: int = 0
-    drawn: int = 0
-    largest: float = 0.0
-    """Difference between two logits."""
+@dataclass(frozen=True)
+class Bare:
+    """A model without an engine, and what it was loaded by."""
+
+    files: ModelFiles
+    config: Config
+    runner: ModelRunner
 
 
 Observe = Callable[[Case, int, int, int, Tensor], None]
@@ -87,12 +94,13 @@ Observe = Callable[[Case, int, int, int, Tensor], None]
 class Run:
     """One epoch of a runner, driven by plans; logits are looked at in place of what the runner would draw."""
 
-    def __init__(self, runner: ModelRunner, cases: Sequence[Case], observe: Observe) -> None:
+    def __init__(self, runner: ModelRunner | Divided, cases: Sequence[Case], observe: Observe) -> None:
         self.plans = PlanWriter(runner.num_blocks, runner.pool.block_size, carry=True)
         self._cases = {case.seq: case for case in cases}
         self._runner, self._observe = runner, observe
+        self._judge = runner if isinstance(runner, Divided) else runner.decoder
         self._table = SequenceTable(runner.pool.block_size)
-        self._sampler = Sampler(runner.decoder.shape.vocab_size, runner.pool.keys.device)
+        self._sampler = Sampler(self._judge.shape.vocab_size, runner.pool.keys.device)
 
     def add(self, case: Case, output: Sequence[int] = ()) -> None:
         """It comes with the next step, with so much output known."""
@@ -134,7 +142,7 @@ class Run:
                 rows += range(first + start - span.start, first + span.num_tokens)
             first += span.num_tokens
         index = torch.tensor(rows, dtype=torch.int64, device=hidden.device)
-        return looked_at, self._runner.decoder.logits(hidden.index_select(0, index))
+        return looked_at, self._judge.logits(hidden.index_select(0, index))
 
 
 def reference(runner: ModelRunner, case: Case, length: int) -> None:
@@ -142,9 +150,7 @@ def reference(runner: ModelRunner, case: Case, length: int) -> None:
 
     def keep(case: Case, index: int, likeliest: int, token: int, logits: Tensor) -> None:
         case.tokens.append(token if case.seq % 2 else likeliest)
-        case.greedy.append(likeliest)
-        case.drawn.append(token)
-        case.logits.append(logits)
+        case.keep(likeliest, token, logits)
 
     run = Run(runner, [case], keep)
     run.add(case)
@@ -168,7 +174,7 @@ def comparison(tally: Tally, begin: int = 0) -> Observe:
 # --- causes --------------------------------------------------------------------------------------------------------
 
 
-def batched(runner: ModelRunner, cases: Sequence[Case], tally: Tally, size: int) -> None:
+def batched(runner: ModelRunner | Divided, cases: Sequence[Case], tally: Tally, size: int) -> None:
     """`size` at a time: prompts together in one plan, then decodes together. What does not fill a batch is left out."""
     for first in range(0, len(cases) - size + 1, size):
         some = cases[first : first + size]
@@ -223,6 +229,30 @@ def preempted(runner: ModelRunner, cases: Sequence[Case], tally: Tally) -> None:
         run.decode([case.seq], len(case.tokens))
 
 
+def count_divided(bare: Bare, mesh: Mesh, cases: Sequence[Case], alone: Tally, together: Tally | None) -> None:
+    """Each alone on the ranks of `mesh`, then in batches, against that. Nothing where the model has no parts for so many.
+
+    A rank has as many threads as the whole model: their number can change bits too.
+    """
+    config = replace(bare.config, tp=mesh.tp, pp=mesh.pp, threads=torch.get_num_threads())
+    if not can_divide(bare.files, config):
+        return
+    again = {case.seq: replace(case, greedy=[], drawn=[], logits=[]) for case in cases}
+    count = comparison(alone)
+
+    def observe(case: Case, index: int, likeliest: int, token: int, logits: Tensor) -> None:
+        count(case, index, likeliest, token, logits)
+        again[case.seq].keep(likeliest, token, logits)
+
+    with closing(Divided(bare.files, config, num_blocks=bare.runner.num_blocks)) as ranks:
+        for case in cases:
+            run = Run(ranks, [case], observe)
+            run.add(case)
+            run.decode([case.seq], len(case.tokens))
+        if together is not None:
+            batched(ranks, list(again.values()), together, divided.BATCH)
+
+
 CAUSES: dict[str, Callable[[ModelRunner, Sequence[Case], Tally], None]] = {
     "batch of 2": lambda runner, cases, tally: batched(runner, cases, tally, 2),
     "batch of 8": lambda runner, cases, tally: batched(runner, cases, tally, 8),
@@ -235,6 +265,8 @@ CAUSES: dict[str, Callable[[ModelRunner, Sequence[Case], Tally], None]] = {
     "prefill against decode": prefilled,
     "preemption": preempted,
 }
+PARTS: dict[str, tuple[str, ...]] = {"whole": tuple(CAUSES), "divided": divided.CAUSES}
+ALL_CAUSES = [cause for causes in PARTS.values() for cause in causes]
 
 
 # --- the whole table -----------------------------------------------------------------------------------------------
@@ -254,59 +286,36 @@ def make_cases(files: ModelFiles, count: int, length: int) -> list[Case]:
     return cases
 
 
-def measure(runner: ModelRunner, files: ModelFiles, tokens: int, causes: Sequence[str], sequences: int = WAVE) -> dict[str, Tally]:
+def measure(bare: Bare, tokens: int, causes: Sequence[str], sequences: int = WAVE) -> dict[str, Tally]:
     """Tallies of about `tokens` tokens for each cause; `sequences` at a time, up to WAVE."""
     assert 0 < sequences <= WAVE, "the pool holds a wave"
     waves = max(1, round(tokens / (sequences * WAVE)))
     length = max(2, math.ceil(tokens / (sequences * waves)))
-    cases = make_cases(files, waves * sequences, length)
+    cases = make_cases(bare.files, waves * sequences, length)
     tallies = {cause: Tally() for cause in causes}
     for first in range(0, len(cases), sequences):
         wave = cases[first : first + sequences]
         for case in wave:
-            reference(runner, case, length)
+            reference(bare.runner, case, length)
         for cause, tally in tallies.items():
-            CAUSES[cause](runner, wave, tally)
+            if cause in CAUSES:
+                CAUSES[cause](bare.runner, wave, tally)
+        for name, mesh in divided.MESHES.items():
+            alone, together = tallies.get(name), tallies.get(divided.in_batch(name))
+            if alone is not None or together is not None:
+                count_divided(bare, mesh, wave, alone or Tally(), together)
         for case in wave:
             case.logits.clear()
     return tallies
 
 
-def load_bare(files: ModelFiles, dtype: str, device: str, length: int) -> ModelRunner:
-    """A runner whose pool holds a wave. Raises ConfigError for a dtype that is none."""
+def load_bare(files: ModelFiles, dtype: str, device: str, length: int) -> Bare:
+    """With a pool that holds a wave. Raises ConfigError for a dtype that is none."""
     longest = min(files.shape.max_position_embeddings, 700 + length)
     num_blocks = 1 + WAVE * (-(-200 // BLOCK_SIZE) + -(-length // BLOCK_SIZE) + 2) + WAVE // LONG * -(-longest // BLOCK_SIZE)
     torch_dtype(dtype)  # refuses what a row can't be named after, "auto" among it
     config = Config(model=str(files.path), dtype=dtype, device=device, block_size=BLOCK_SIZE)  # type: ignore[arg-type]
-    return load_runner(files, config, num_blocks=num_blocks)
-
-
-def interval(flips: int, tokens: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927); for no flips its upper end is 3.84 / tokens."""
-    z2 = 1.96**2
-    middle = (flips + z2 / 2) / (tokens + z2)
-    half = math.sqrt(z2 * (flips * (tokens - flips) / tokens + z2 / 4)) / (tokens + z2)
-    return max(0.0, middle - half) if flips else 0.0, middle + half
-
-
-def rate(flips: int, tokens: int) -> str:
-    """Flips per 10,000 with their interval."""
-    if not tokens:
-        return "not counted"
-    low, high = interval(flips, tokens)
-    return f"{1e4 * flips / tokens:.3g} ({1e4 * low:.2g} to {1e4 * high:.2g})"
-
-
-def row(model: str, dtype: str, cause: str, tally: Tally) -> str:
-    """A line of the table."""
-    cells = [model, dtype, cause, f"{tally.tokens}", rate(tally.greedy, tally.tokens), rate(tally.drawn, tally.tokens)]
-    return f"| {' | '.join(cells)} | {f'{tally.largest:.1e}' if tally.tokens else '-'} |"
-
-
-HEADER = (
-    "| model | dtype | cause | tokens | greedy flips per 10,000 (95 %) | drawn flips per 10,000 (95 %) | largest logit gap |",
-    "|---|---|---|---|---|---|---|",
-)
+    return Bare(files, config, load_runner(files, config, num_blocks=num_blocks))
 
 
 def default_counts(files: ModelFiles, dtype: str, device: torch.device) -> tuple[int, int]:
@@ -317,52 +326,6 @@ def default_counts(files: ModelFiles, dtype: str, device: torch.device) -> tuple
     if dtype == "float32":
         return (2560, WAVE) if large else (FULL, WAVE)
     return (512, 16) if large else (2560, WAVE)
-
-
-# --- the page ------------------------------------------------------------------------------------------------------
-
-Pair = tuple[str, str]
-"""Model and dtype."""
-
-
-@dataclass
-class Measured:
-    """What the page has of one pair."""
-
-    source: str
-    """Device, command line and machine, as one line says them."""
-    rows: list[str] = field(default_factory=list)
-
-
-def source(device: str, command: str, machine: str) -> str:
-    """A pair's line below the table, from the device on."""
-    return f"{device}, `{command}`, {machine}"
-
-
-_ROW = re.compile(r"\| ([^|]+) \| ([^|]+) \| [^|]+ \| \d+ \|")
-_SOURCE = re.compile(r"- ([^,]+), ([^,]+): ((?:cpu|cuda), `[^`]+`, .+)")
-
-
-def read_page(page: Path = PAGE) -> dict[Pair, Measured]:
-    """What stands between the markers. Raises ValueError for a row without a source."""
-    lines = page.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].splitlines()
-    found = {(match[1], match[2]): Measured(match[3]) for line in lines if (match := _SOURCE.fullmatch(line))}
-    for line in lines:
-        if match := _ROW.match(line):
-            if (match[1], match[2]) not in found:
-                raise ValueError(f"{page.name} does not say what gave: {line}")
-            found[match[1], match[2]].rows.append(line)
-    return found
-
-
-def write_page(measured: Mapping[Pair, Measured], page: Path = PAGE) -> None:
-    """Put the pairs between the markers, in place of what was there of just these."""
-    found = {**read_page(page), **measured}
-    rows = [row for one in found.values() for row in one.rows]
-    sources = [f"- {model}, {dtype}: {one.source}" for (model, dtype), one in found.items()]
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    parts = (before + BEGIN, "", *HEADER, *rows, "", "What gave the rows:", "", *sources, "", END)
-    page.write_text("\n".join(parts) + rest.split(END)[1], encoding="utf-8")
 
 
 def _machine(device: torch.device, threads: int) -> str:
@@ -388,7 +351,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=options.positive, help="for each cause, about")
     parser.add_argument("--sequences", type=options.positive, help=f"at a time, up to {WAVE}; fewer have fewer prompts to compute")
-    parser.add_argument("--causes", nargs="+", default=list(CAUSES), choices=list(CAUSES), metavar="CAUSE")
+    parser.add_argument(
+        "--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="causes in the model, or in its division"
+    )
+    parser.add_argument("--causes", nargs="+", choices=ALL_CAUSES, metavar="CAUSE", help="default: all of the parts")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--threads", type=options.positive, default=os.cpu_count() or 1)
     parser.add_argument("--machine", help="its name on the page; default: what it says of itself")
@@ -397,8 +363,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.sequences is not None and arguments.sequences > WAVE:
         parser.error(f"--sequences is {arguments.sequences}, but the logits of at most {WAVE} are kept")
-    if arguments.write and set(arguments.causes) != set(CAUSES):
-        parser.error("--write needs all causes: it replaces all rows of a model and dtype")
+    parts = {part: causes for part, causes in PARTS.items() if part in arguments.parts}
+    every = [cause for causes in parts.values() for cause in causes]
+    causes = arguments.causes or every
+    if arguments.write and set(causes) != set(every):
+        parser.error("--write needs all causes: it replaces all rows of a model, dtype and part")
     torch.set_num_threads(arguments.threads)
     device = resolve_device(arguments.device)
     machine = arguments.machine or _machine(device, arguments.threads)
@@ -410,12 +379,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             for dtype in arguments.dtypes:
                 usual = default_counts(files, dtype, device)
                 tokens, sequences = arguments.tokens or usual[0], arguments.sequences or usual[1]
-                runner = load_bare(files, dtype, arguments.device, max(2, math.ceil(tokens / sequences)))
-                tallies = measure(runner, files, tokens, arguments.causes, sequences)
-                measured = Measured(came_from, [row(path.name, dtype, cause, tally) for cause, tally in tallies.items()])
-                print("\n".join(measured.rows), flush=True)
+                bare = load_bare(files, dtype, arguments.device, max(2, math.ceil(tokens / sequences)))
+                tallies = measure(bare, tokens, causes, sequences)
+                rows = {cause: row(path.name, dtype, cause, tally) for cause, tally in tallies.items()}
+                print("\n".join(rows.values()), flush=True)
                 if arguments.write:
-                    write_page({(path.name, dtype): measured}, arguments.page)
+                    measured = {
+                        Part(path.name, dtype, part == "divided"): Measured(came_from, [rows[cause] for cause in theirs])
+                        for part, theirs in parts.items()
+                    }
+                    write_page(measured, arguments.page)
 
 
 if __name__ == "__main__":

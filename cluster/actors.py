@@ -46,7 +46,7 @@ class SchedulerActor:
         settings = SchedulerConfig(max_queue=config.max_queue, placement=config.placement)
         self._scheduler = GlobalScheduler(settings, time.monotonic())
         self._lease, self._secret = lease, secret
-        self._stop = threading.Event()
+        self._stop, self._coming = threading.Event(), threading.Event()
         for name in named_actors(lease):
             if name != SCHEDULER:
                 self._scheduler.expect(name, time.monotonic())
@@ -60,6 +60,10 @@ class SchedulerActor:
         """Of the application's mailboxes: that of the scheduler that was created first."""
         return self._secret
 
+    def router_comes(self) -> None:
+        """See GlobalScheduler.router_comes."""
+        self._coming.set()
+
     def stop(self) -> None:
         """Have all routers end their requests and take no more."""
         self._stop.set()
@@ -69,6 +73,9 @@ class SchedulerActor:
         while True:
             message = self._mailbox.receive(TICK_S)
             now = time.monotonic()
+            if self._coming.is_set():  # before the message, which may be that router's hello
+                self._coming.clear()
+                self._scheduler.router_comes(now)
             if message is not None:
                 self._scheduler.receive(message, now)
             if now >= next_tick:

@@ -61,7 +61,7 @@ def bundles_for(config: Config, nodes: Iterable[Node]) -> Bundles:
     resource = resource_of(config)
     per_rank = float(config.threads or 1) if resource == "CPU" else 1.0
     largest = max((node.total.get(resource, 0.0) for node in nodes), default=0.0)
-    if config.tp > 1 and largest < config.tp * per_rank:
+    if config.tp > 1 and 0 < largest < config.tp * per_rank:  # with none at all, larger ones may come
         return Bundles(resource, per_rank, 1, config.num_ranks, "PACK")
     return Bundles(resource, per_rank, config.tp, config.pp, "SPREAD")
 

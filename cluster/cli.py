@@ -115,7 +115,8 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
     with served(config, stop) as url:
         wait_until_healthy(url, config.load_timeout_s, stop)
         if not stop.is_set():
-            over = f" and gRPC port {config.grpc_port}" if config.grpc_port else ""
+            ours = config.grpc_port and "RAY_ADDRESS" not in os.environ  # a Serve that runs already has ports of its own
+            over = f" and gRPC port {config.grpc_port} (on all addresses)" if ours else ""
             click.echo(f"serving {config.model_name} at {url}/v1{over} after {time.monotonic() - began:.1f} s (Ctrl-C to stop)")
             stop.wait()
         click.echo("stopping ...")

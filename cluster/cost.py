@@ -10,6 +10,7 @@ import math
 _FADE = 0.99
 """Weight of an observation after each later one: what counts are the last hundred."""
 _GUESS = 32.0
+_OUTLIER = 4.0
 _LEAST, _MOST = 2.0, 1024.0
 
 
@@ -20,12 +21,19 @@ class StepCost:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """An iteration of so many tokens took so long in a stage."""
+        """An iteration of so many tokens took so long in a stage. If that is far too long, the process stood still: it is cut."""
+        seconds = min(seconds, _OUTLIER * self._expected(tokens))
         self._weight = self._weight * _FADE + 1.0
         self._x = self._x * _FADE + tokens
         self._y = self._y * _FADE + seconds
         self._xx = self._xx * _FADE + tokens * tokens
         self._xy = self._xy * _FADE + tokens * seconds
+
+    def _expected(self, tokens: int) -> float:
+        if self._weight < 10.0 or self._y <= 0.0:
+            return math.inf
+        fixed = self.fixed_tokens
+        return self._y / (self._x + self._weight * fixed) * (tokens + fixed)
 
     @property
     def fixed_tokens(self) -> float:

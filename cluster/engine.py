@@ -46,6 +46,8 @@ LOAD_FAILED = "could not load"
 _SETTLED_RESULTS = 100
 """After so many good steps an epoch counts as healthy, and the next failure as the first."""
 _STALLED_S = 3.0
+_PING_S = 2.0
+"""Workers end when they have not heard of their engine for a minute."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class _Epoch:
     """Last sign of progress: a step's result, or the launch that ended an idle time."""
     pinged_at: float = 0.0
     heard_at: dict[int, float] = field(default_factory=dict)
-    """By rank, once all are ready: its last sign of life."""
+    """By rank, once it is ready: its last sign of life."""
     results: int = 0
     waiting: str = ""
     """Why its workers can't start yet, where something is missing."""
@@ -229,8 +231,8 @@ class Engine:
         epoch = self._epoch
         gap, self._ticked_at = now - self._ticked_at, now
         if gap > _STALLED_S:  # it was this process that stood still: nobody else had a chance to be heard
-            epoch.began_at, epoch.progress_at = epoch.began_at + gap, epoch.progress_at + gap
-            epoch.heard_at = {rank: heard + gap for rank, heard in epoch.heard_at.items()}
+            epoch.began_at, epoch.progress_at = min(now, epoch.began_at + gap), min(now, epoch.progress_at + gap)
+            epoch.heard_at = {rank: min(now, heard + gap) for rank, heard in epoch.heard_at.items()}
         if epoch.start_at is not None and now >= epoch.start_at:
             epoch.start_at, epoch.began_at = None, now
             self.metrics.epochs += 1
@@ -244,17 +246,15 @@ class Engine:
     def _watch(self, epoch: _Epoch, now: float) -> None:
         """The watchdog: on signs of life and on progress, not on whether a process still exists."""
         config = self.config
-        if epoch.batcher is None:
-            if now - epoch.began_at > config.load_timeout_s:
-                waiting = f": {epoch.waiting}" if epoch.waiting else ""
-                self._end_epoch(f"workers not ready after {config.load_timeout_s:.0f} s{waiting}", now)
-            return
         silent = [rank for rank, heard in epoch.heard_at.items() if now - heard > config.worker_timeout_s]
         if silent:
             self._end_epoch(f"no sign of life from worker {silent[0]} for {config.worker_timeout_s:.0f} s", now)
-        elif epoch.batcher.in_flight and now - epoch.progress_at > config.step_timeout_s:
+        elif epoch.batcher is None and now - epoch.began_at > config.load_timeout_s:
+            waiting = f": {epoch.waiting}" if epoch.waiting else ""
+            self._end_epoch(f"workers not ready after {config.load_timeout_s:.0f} s{waiting}", now)
+        elif epoch.batcher is not None and epoch.batcher.in_flight and now - epoch.progress_at > config.step_timeout_s:
             self._end_epoch(f"a step without result for {config.step_timeout_s:.0f} s", now)
-        elif now - epoch.pinged_at > config.worker_timeout_s / 4:
+        elif now - epoch.pinged_at > min(_PING_S, config.worker_timeout_s / 4):
             epoch.pinged_at = now
             for rank in epoch.ready:
                 self._send(epoch.ready[rank].address, Ping(epoch.number))
@@ -363,6 +363,7 @@ class Engine:
         if message.epoch != epoch.number or epoch.start_at is not None:
             return
         epoch.ready[message.rank] = message
+        epoch.heard_at[message.rank] = now
         if len(epoch.ready) < self.config.num_ranks or epoch.batcher is not None:
             return
         num_blocks = min(r.num_blocks for r in epoch.ready.values())
@@ -373,7 +374,6 @@ class Engine:
             self._end_epoch(f"workers can't serve: {error}", now)
             return
         epoch.batcher = Batcher(batch, KVManager(batch), epoch.number)
-        epoch.heard_at = dict.fromkeys(epoch.ready, now)
         self._reason = ""
         self._news = True
 

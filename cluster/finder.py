@@ -1,5 +1,6 @@
 """Finding an application's actors by their names."""
 
+import logging
 import re
 import threading
 import time
@@ -11,6 +12,8 @@ SCHEDULER = "scheduler"
 """The scheduler's name; every other actor of the namespace is an engine."""
 _PERIOD_S = 5.0
 _ANSWER_S = 10.0
+
+log = logging.getLogger(__name__)
 
 
 def find_actor(name: str, lease: str) -> Any | None:
@@ -51,12 +54,15 @@ class Finder:
     def _run(self) -> None:
         while True:
             time.sleep(_PERIOD_S)
-            actor = find_actor(SCHEDULER, self._lease)
-            if actor is None:
-                self._missing_since = self._missing_since or time.monotonic()
-                continue
-            self._missing_since = None
             try:
-                self.address = ray.get(actor.address.remote(), timeout=_ANSWER_S)
-            except (ray.exceptions.RayError, TimeoutError):
-                continue  # between two lives, or slow: the next look will tell
+                self._look()
+            except Exception as error:  # between two lives, or slow, or Ray itself is: the next look will tell
+                log.info("the scheduler could not be looked up: %s", error)
+
+    def _look(self) -> None:
+        actor = find_actor(SCHEDULER, self._lease)
+        if actor is None:
+            self._missing_since = self._missing_since or time.monotonic()
+            return
+        self._missing_since = None
+        self.address = ray.get(actor.address.remote(), timeout=_ANSWER_S)

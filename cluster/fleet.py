@@ -82,7 +82,7 @@ class Fleet:
         self._name = f"{application}/{engine}"
         self._application = application
         self._address, self._secret = address, secret
-        self._store = StoreServer(ray.util.get_node_ip_address()) if config.num_ranks > 1 else None
+        self._store: StoreServer | None = None
         self._crew: _Crew | None = None
         self._commands: queue.SimpleQueue[int | str] = queue.SimpleQueue()
         """Epochs to start, and reasons to kill."""
@@ -129,6 +129,8 @@ class Fleet:
         bundles = bundles_for(self._config, alive_nodes())
         if bundles.ranks < self._config.tp:
             log.warning("no node has %d %s: tensor-parallel peers are spread over nodes", self._config.tp, bundles.resource)
+        if self._config.num_ranks > 1:  # a new one for each epoch: what a dying rank leaves in it must not meet the next ones
+            self._store = StoreServer(ray.util.get_node_ip_address())
         group = placement_group(bundles.requests, strategy=bundles.strategy, name=f"{self._name}-{epoch}")
         self._crew = _Crew(epoch, bundles, group, time.monotonic())
         self._look()
@@ -204,6 +206,18 @@ class Fleet:
         crew, self._crew = self._crew, None
         if crew is None:
             return
+        try:
+            left = self._kill(crew)
+        except Exception:  # Ray's are many, and a cluster that just lost a node gives them all
+            log.exception("epoch %d: its processes are not confirmed dead", crew.epoch)
+            left = 0
+        finally:
+            remove_placement_group(crew.group)  # which kills what is left in it
+        if left:
+            log.error("epoch %d: %d of its processes are not confirmed dead", crew.epoch, left)
+
+    def _kill(self, crew: _Crew) -> int:
+        """How many are not confirmed dead."""
         for answered in ray.wait(list(crew.asked), num_returns=len(crew.asked), timeout=0)[0] if crew.asked else []:
             try:
                 crew.processes[crew.asked.pop(answered)] = ray.get(answered, timeout=1.0)
@@ -215,9 +229,7 @@ class Fleet:
         # Those that never said which process they are: what Ray says of them has to do.
         unknown = [run for run, rank in crew.runs.items() if rank not in crew.processes]
         silent = ray.wait(unknown, num_returns=len(unknown), timeout=CONFIRM_S)[1] if unknown else []
-        remove_placement_group(crew.group)
-        if left or silent:
-            log.error("epoch %d: %d of its processes are not confirmed dead", crew.epoch, len(left) + len(silent))
+        return len(left) + len(silent)
 
 
 def _process_of(worker: object) -> Process:

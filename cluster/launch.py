@@ -30,6 +30,8 @@ _SERVE_NAMESPACE = "serve"
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 _STOP_TIMEOUT_S = 60.0
 
+log = logging.getLogger(__name__)
+
 
 @contextmanager
 def served(config: Config, stop: threading.Event) -> Iterator[str]:
@@ -60,8 +62,8 @@ def served(config: Config, stop: threading.Event) -> Iterator[str]:
         _check_name(config, lease)
         from router.app import application
 
-        ensure_cluster(config, config.name)
         deployed = True
+        ensure_cluster(config, config.name)
         _go_on(stop)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         where = "HeadOnly" if ours else "EveryNode"
@@ -114,6 +116,8 @@ def _end_application(name: str, lease: str) -> None:
     try:
         if name in serve.status().applications:
             serve.delete(name)
+    except TimeoutError as error:  # a replica that does not end; it finds its engines gone, and makes none anew
+        log.warning("Serve still ends the application: %s", error)
     finally:
         end_actors(lease)
 
@@ -155,7 +159,7 @@ def wait_until_healthy(url: str, timeout_s: float, stop: threading.Event) -> Non
             with urllib.request.urlopen(f"{url}/health", timeout=5):
                 return
         except urllib.error.HTTPError as error:
-            last = str(json.loads(error.read()).get("reason"))
+            last = _reason(error.read())
             if LOAD_FAILED in last:
                 raise ConfigError(last) from None
         except OSError as error:
@@ -163,6 +167,14 @@ def wait_until_healthy(url: str, timeout_s: float, stop: threading.Event) -> Non
         stop.wait(0.1)
     if not stop.is_set():
         raise ConfigError(f"not healthy after {timeout_s:.0f} s: {last}")
+
+
+def _reason(body: bytes) -> str:
+    """Of an answer of /health; a proxy's own answers are plain text."""
+    try:
+        return str(json.loads(body)["reason"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace").strip()[:200] or "no reason given"
 
 
 def _stop_on_signals(stop: threading.Event) -> None:

@@ -21,17 +21,18 @@ class ModelFiles:
     eos_token_ids: tuple[int, ...]
 
 
-def open_model(model: str, revision: str | None = None) -> ModelFiles:
+def open_model(model: str, revision: str | None = None, *, weights: bool = True) -> ModelFiles:
     """Find `model` (a directory, or a hub id, which is downloaded into the hub's cache) and read its configuration.
 
-    Raises ConfigError where it isn't there, is incomplete or of an architecture that Rayline has no decoder for.
+    weights: download them too. Raises ConfigError where it isn't there, is incomplete or of an architecture that Rayline has no
+    decoder for.
     """
     path = Path(model).expanduser()
     if not path.is_dir():
-        path = _download(model, revision)
+        path = _download(model, revision, weights)
     config = _read_json(path / "config.json", required=True)
     generation = _read_json(path / "generation_config.json", required=False)
-    if not list(path.glob("*.safetensors")):
+    if weights and not list(path.glob("*.safetensors")):
         raise ConfigError(f"{path} has no *.safetensors file")
     return ModelFiles(path, parse_shape(config, str(path)), _eos_ids(config, generation))
 
@@ -57,13 +58,14 @@ def _read_json(path: Path, required: bool) -> dict[str, Any]:
     return content
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, weights: bool) -> Path:
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ConfigError(f"no such model directory: {model}")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+        patterns = ["*.json", "*.jinja", "*.txt", *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds; all mean the same to the user
         reason = (str(error).strip().splitlines() or [repr(error)])[0]
         raise ConfigError(f"{model} is no local directory and cannot be had from the hub: {reason}") from None

@@ -6,7 +6,7 @@ The Batcher, the KV manager and the model runner are those of the cluster; only 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from cluster.batcher import Batcher
 from cluster.config import Config, batch_settings, from_mapping
@@ -106,6 +106,16 @@ class LLM:
         """Complete one prompt, text by text as it comes. Closing the iterator ends the generation."""
         yield from _Run(self, [prompt], params, Reading(tuple(stop)), ignore_eos=False).steps()
 
+    def close(self) -> None:
+        """End a divided model's ranks; nothing can be generated afterwards. An LLM that is forgotten ends them too."""
+        self.ranks.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def stats(self) -> EngineStats:
         """Gauges of the engine."""
         return self.batcher.stats()
@@ -174,7 +184,9 @@ class _Run:
                 while len(batcher.in_flight) < batcher.config.depth and (plan := batcher.schedule(time.monotonic())) is not None:
                     ranks.launch(plan)
                 assert batcher.in_flight, "requests wait, but nothing can run"
-                for delta in batcher.update(ranks.collect()):
+                result = ranks.collect()
+                assert batcher.expects(result), "not the result of the oldest plan"
+                for delta in batcher.update(result):
                     choice_delta = ChoiceDelta(
                         delta.choice, delta.tokens, delta.logprobs, delta.finish, prompt_logprobs=delta.prompt_logprobs
                     )

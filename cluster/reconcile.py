@@ -19,6 +19,7 @@ from cluster.nodes import alive_nodes, has_gpus
 
 _ACTOR_TIMEOUT_S = 60.0
 _CHECK_TIMEOUT_S = 30.0
+_SECRET_TIMEOUT_S = 10.0
 _ATTEMPTS = 10
 
 log = logging.getLogger(__name__)
@@ -29,19 +30,23 @@ def namespace_of(application: str, config: Config) -> str:
     return f"{application}-{config.digest}"
 
 
-def ensure_cluster(config: Config, application: str, secret: str = "") -> tuple[str, str]:
+def ensure_cluster(config: Config, application: str, secret: str = "", *, coming: bool = False) -> tuple[str, str]:
     """Find the application's scheduler and engines, or start them; returns the scheduler's address and the mailboxes' secret.
 
-    `secret`: the one to use where a scheduler has to be made, for a caller that has a mailbox already. May be called by many
-    processes at once. Does not wait for engines to load: until one has, requests queue and /health says 503. Raises
-    ConfigError where the model is missing on a node that could run it.
+    `secret`: the one to use where a scheduler has to be made, for a caller that has a mailbox already. `coming`: the caller is a
+    router that is about to say hello, so what is found must not end before. May be called by many processes at once. Does not wait
+    for engines to load: until one has, requests queue and /health says 503. Raises ConfigError where the model is missing on a node
+    that could run it.
     """
     lease = namespace_of(application, config)
     resolved = on_device(config)
-    if find_actor(SCHEDULER, lease) is None:
+    made = find_actor(SCHEDULER, lease) is None
+    if made:
         check_model(resolved)
         secret = _secret_of_engines(lease) or secret
-    address, secret = _scheduler(resolved, lease, secret or secrets.token_hex())
+    address, secret = _scheduler(resolved, lease, secret or secrets.token_hex(), coming)
+    if made:
+        _end_strangers(lease, secret)
     for number in range(config.engines):
         name = f"engine-{number}"
         ray.remote(EngineActor).options(name=name, **_always(lease)).remote(resolved, name, address, lease, secret)
@@ -65,11 +70,25 @@ def _secret_of_engines(lease: str) -> str:
     return ""
 
 
-def _scheduler(config: Config, lease: str, secret: str) -> tuple[str, str]:
+def _end_strangers(lease: str, secret: str) -> None:
+    """Engines with another secret than the scheduler's, or which do not tell theirs, would never be heard: end them for good."""
+    for name in named_actors(lease):
+        engine = find_actor(name, lease) if name != SCHEDULER else None
+        try:
+            if engine is not None and ray.get(engine.secret.remote(), timeout=_SECRET_TIMEOUT_S) != secret:
+                ray.kill(engine)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            log.warning("%s does not tell its secret and is ended: %s", name, error)
+            ray.kill(engine)
+
+
+def _scheduler(config: Config, lease: str, secret: str, coming: bool) -> tuple[str, str]:
     for attempt in range(_ATTEMPTS):
         options = ray.remote(SchedulerActor).options(name=SCHEDULER, **_always(lease))
         scheduler = options.remote(config, _free_port(), lease, secret)
         try:
+            if coming:
+                scheduler.router_comes.remote()
             address, secret = ray.get([scheduler.address.remote(), scheduler.secret.remote()], timeout=_ACTOR_TIMEOUT_S)
             return address, secret
         except ray.exceptions.RayActorError as error:  # the one that was found was just ending, or is between two lives

@@ -121,6 +121,16 @@ class _EngineView:
             self.bound = Credit(self.bound.tokens - binding.tokens, self.bound.sequences - binding.sequences)
 
 
+@dataclass
+class _Silence:
+    """Of an engine that has gone silent."""
+
+    since: float
+    """When it was last heard of, or killed."""
+    patience_s: float
+    """How long until it is killed (again)."""
+
+
 @dataclass(frozen=True)
 class _Waiting:
     place: Place
@@ -150,13 +160,14 @@ class GlobalScheduler:
         self._greeted: set[str] = set()
         """Routers that know that this scheduler began without their requests."""
         self._totals = Totals()
-        self._silent: dict[str, float] = {}
-        """Engines that went silent, and when they were last heard of or killed."""
+        self._silent: dict[str, _Silence] = {}
+        """By engine."""
         self._messages: list[Send] = []
         self._kills: list[KillEngine] = []
         self._next_heartbeat = now
         self._ticked_at = now
         self._lease_until = now + config.first_router_s
+        self._coming_until = now
         self._turn = 0
 
     def take_messages(self) -> list[Send]:
@@ -171,7 +182,11 @@ class GlobalScheduler:
 
     def expect(self, engine: str, now: float) -> None:
         """An engine of this name exists; if it does not speak, it hangs since before this scheduler began."""
-        self._silent.setdefault(engine, now)
+        self._silent.setdefault(engine, _Silence(now, self.config.replace_s))
+
+    def router_comes(self, now: float) -> None:
+        """A router is starting: the application is not over before it has had the time to, whoever leaves meanwhile."""
+        self._coming_until = now + self.config.first_router_s
 
     def stop(self) -> None:
         """Tell all routers to end their requests and to take no more."""
@@ -180,7 +195,7 @@ class GlobalScheduler:
 
     def lease_over(self, now: float) -> bool:
         """Routers are the application's sign of life: whether all have been silent for the lease's time."""
-        return now > self._lease_until
+        return now > max(self._lease_until, self._coming_until)
 
     @property
     def queued(self) -> int:
@@ -222,11 +237,12 @@ class GlobalScheduler:
         if gap > self.config.silence_s / 2:  # it was this process that stood still: nobody had a chance to be heard
             self._forgive(gap)
         for view in [v for v in self._engines.values() if now - v.heard_at > self.config.silence_s]:
-            self._silent[view.report.engine] = view.heard_at
+            self._silent[view.report.engine] = _Silence(view.heard_at, self.config.replace_s)
             self.engine_died(view.report.engine, view.report.epoch, now)
-        for engine in [e for e, since in self._silent.items() if now - since > self.config.replace_s]:
-            self._silent[engine] = now
-            self._kills.append(KillEngine(engine))
+        for engine, silence in self._silent.items():
+            if now - silence.since > silence.patience_s:
+                silence.since, silence.patience_s = now, 2 * silence.patience_s  # it may be slow to start
+                self._kills.append(KillEngine(engine))
         for router in [r for r, heard in self._routers.items() if now - heard > self.config.silence_s]:
             self._router_died(router)
         for view in self._engines.values():
@@ -242,11 +258,12 @@ class GlobalScheduler:
     def _forgive(self, gap: float) -> None:
         for view in self._engines.values():
             view.heard_at += gap
-        for engine in self._silent:
-            self._silent[engine] += gap
+        for silence in self._silent.values():
+            silence.since += gap
         for router in self._routers:
             self._routers[router] += gap
         self._lease_until += gap
+        self._coming_until += gap
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -349,6 +366,7 @@ class GlobalScheduler:
             self._leave(hello.router, now)
             return
         if hello.router not in self._greeted:
+            self._coming_until = now
             self._greeted.add(hello.router)
             self._send(hello.router, PlaceAgain())
             self._send(hello.router, self.status())

@@ -12,7 +12,8 @@ from parallel.groups import Group
 class Handoff:
     """Hidden states from the stage before and to the next one; one rank's end, in the order of the plans.
 
-    A plan that is known before its turn can be expected: on a CPU its tensor is then received while others are computed.
+    A plan that is known before its turn can be expected: on a CPU its tensor is then received while others are computed. What is
+    sent must have the size that is received: a shorter one would leave the rest undefined, a longer one ends a gloo process.
     """
 
     def __init__(self, group: Group, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -43,7 +44,7 @@ class Handoff:
         """Hand [num_tokens, hidden] to the next stage without waiting for it, which takes `hidden` over."""
         if self._last:
             return
-        while self._sent and len(self._sent) >= 2 * self._group.size:  # no more plans are ever in flight: these have arrived
+        while len(self._sent) >= 2 * self._group.size:  # more plans are hardly ever in flight, so the oldest have arrived
             self._sent.popleft()[1].wait()
         self._sent.append((hidden, self._group.send(hidden, self._group.rank + 1)))
 

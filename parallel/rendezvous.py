@@ -1,7 +1,6 @@
 """Where the ranks of an engine meet: a torch.distributed store that lives outside of them.
 
-The engine's process hosts it over all epochs; each epoch's keys carry its number, so that a
-straggler of an earlier one meets nobody.
+The engine's process hosts one for each epoch, and keys carry the epoch's number besides.
 """
 
 import socket

@@ -9,6 +9,7 @@ gRPC comes through Serve's proxy, which a Serve YAML file has to tell of the ser
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -36,6 +37,7 @@ from router.tokenizer import load
 MAX_ONGOING = 10_000
 """Per replica. Our own queue is bounded cluster-wide; Serve's default of 5 would be a second, tiny one."""
 _SILENCE_S = 5.0
+_MISSING_S = 60.0
 _LONGEST_SHUTDOWN_S = 600.0
 _MARGIN_S = 5.0
 
@@ -57,11 +59,11 @@ class Router:
         self._config = config
         self._application: str = serve.get_replica_context().app_name
         self._outdated = False
-        scheduler, self._secret = ensure_cluster(config, self._application)
+        scheduler, self._secret = ensure_cluster(config, self._application, coming=True)
         self._metrics = RouterMetrics()
         mailbox = Mailbox[RouterMessage](RouterMessage, ray.util.get_node_ip_address(), secret=self._secret)
         self._dispatcher = Dispatcher(mailbox, scheduler, self._metrics.samples)
-        self._files = open_model(config.model, config.revision)
+        self._files = open_model(config.model, config.revision, weights=False)
         self._tokenizer = load(self._files.path)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -118,11 +120,19 @@ class Router:
             raise RuntimeError("the application's scheduler was made anew by another replica, with another secret")
 
     async def _find_scheduler(self) -> None:
-        """It may be on another node after a death, or have ended by a lease that was over when this replica came."""
-        while True:
+        """It may be on another node after a death, or have ended by a lease that was over when this replica came. And an engine may
+        be missing for good: Ray does not try again where an actor's constructor fails."""
+        complete_at = time.monotonic()
+        while not self._dispatcher.leaving:
             await asyncio.sleep(_SILENCE_S)
-            if self._dispatcher.silence_s < _SILENCE_S:
+            status = self._dispatcher.status()
+            if status is not None and len(status.engines) >= self._config.engines:
+                complete_at = time.monotonic()
+            if self._dispatcher.silence_s < _SILENCE_S and time.monotonic() - complete_at < _MISSING_S:
                 continue
+            if self._dispatcher.leaving:
+                return
+            complete_at = time.monotonic()
             try:
                 address, secret = await asyncio.to_thread(ensure_cluster, self._config, self._application, self._secret)
             except Exception as error:  # Ray's are many; the next round tries again

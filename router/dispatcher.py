@@ -69,6 +69,11 @@ class Dispatcher:
 
     # --- Generator --------------------------------------------------------------------------------------------------
 
+    @property
+    def leaving(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._closed
+
     def status(self) -> ClusterStatus | None:
         """The cluster as last heard of."""
         return self._journal.status

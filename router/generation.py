@@ -78,3 +78,8 @@ class Generator(Protocol):
     def status(self) -> ClusterStatus | None:
         """The cluster as last heard of, None before the scheduler first spoke."""
         ...
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it takes no more generations, because its process is to end."""
+        ...

@@ -3,6 +3,7 @@ Serve, whose proxy answers reflection itself."""
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncGenerator, Awaitable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Protocol, TypeVar
@@ -27,6 +28,7 @@ SERVICE = "rayline.v1.Inference"
 MAX_REQUEST_BYTES = 32 * 2**20
 """A larger request is answered RESOURCE_EXHAUSTED."""
 WATCH_S = 0.5
+WATCHED_S = 60.0
 """How often a watched state of health is looked at."""
 
 _CODES = {
@@ -187,9 +189,10 @@ class HealthService:
         return health_pb2.HealthListResponse(statuses={name: self._state(name) for name in ("", SERVICE)})
 
     async def watch(self, request: health_pb2.HealthCheckRequest) -> AsyncGenerator[health_pb2.HealthCheckResponse, None]:
-        """The state now and whenever it changes."""
-        last = None
-        while True:
+        """The state now and whenever it changes, for a minute: clients then watch anew, perhaps at another replica. A stream that
+        never ends would keep its replica from ending."""
+        last, end = None, time.monotonic() + WATCHED_S
+        while time.monotonic() < end and not self._overview.leaving:
             if (state := self._state(request.service)) != last:
                 last = state
                 yield state

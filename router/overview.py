@@ -23,6 +23,11 @@ class Overview:
         model = self._model
         return Model(id=model.name, created=model.created, root=model.root or model.name, max_model_len=self.context())
 
+    @property
+    def leaving(self) -> bool:
+        """Whether this process is to end."""
+        return self._generator.leaving
+
     def health(self) -> Health:
         """'ok' where an engine is ready; the reason where none is."""
         status = self._generator.status()

@@ -31,8 +31,10 @@ def describe(raw: Tensor, tokens: Tensor, counts: Sequence[int], *, ranked: bool
     return [TokenLogprobs(logprob, top[:count], logprobs[:count], rank) for logprob, top, logprobs, count, rank in rows]
 
 
-def score_prompts(hidden: Tensor, spans: Sequence[Span], logits: Callable[[Tensor], Tensor], vocab_size: int) -> list[PromptScores]:
-    """What the spans with `scores` are to tell.
+def score_prompts(
+    hidden: Tensor, spans: Sequence[Span], logits: Callable[[Tensor], Tensor], vocab_size: int, *, tell: bool = True
+) -> list[PromptScores]:
+    """What the spans with `scores` are to tell; nothing unless `tell`, but the logits are made, for those who make them together.
 
     hidden [num_tokens, hidden]: of all spans, one after the other. logits: [n, hidden] -> [n, vocab_size] fp32.
     """
@@ -52,7 +54,10 @@ def score_prompts(hidden: Tensor, spans: Sequence[Span], logits: Callable[[Tenso
     for begin in range(0, len(rows), size):
         some = slice(begin, begin + size)
         raw = logits(hidden.index_select(0, torch.tensor(rows[some], device=hidden.device)))
-        told += describe(raw, torch.tensor(tokens[some], device=hidden.device), counts[some], ranked=True)
+        if tell:
+            told += describe(raw, torch.tensor(tokens[some], device=hidden.device), counts[some], ranked=True)
+    if not tell:
+        return []
     of_span = iter(told)
     asked = [(span.state.seq, span.scores) for span in spans if span.scores is not None]
     return [PromptScores(seq, first, list(islice(of_span, end - first))) for seq, (first, end) in asked]

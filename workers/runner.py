@@ -1,6 +1,7 @@
 """The model runner: one StepPlan in, one StepResult out, on one device. Of a divided model it runs one rank's part."""
 
 import time
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,6 +22,8 @@ from workers.loader import load_decoder
 from workers.logprobs import score_prompts
 from workers.sampler import Sampler
 from workers.sequences import SequenceTable, Span
+
+_KEPT_TIMES = 4096
 
 
 class ModelRunner:
@@ -43,8 +46,9 @@ class ModelRunner:
         self.pool = pool
         self.max_model_len = max_model_len
         """The longest sequence that positions are prepared for."""
-        self.times: list[StageTime] = []
-        """When each plan was computed here; whoever reads it empties it."""
+        self.times: deque[StageTime] = deque(maxlen=_KEPT_TIMES)
+        """When each of the last plans was computed here; whoever reads it empties it. On CUDA only the last stage waits for its
+        device: of the others it is when they launched."""
         self._device = pool.keys.device
         shape, layers = decoder.shape, decoder.part.layers
         self._attention = make_attention(attention, pool, shape.windows[layers.start : layers.stop])
@@ -85,6 +89,8 @@ class ModelRunner:
                 self._answer(hidden, spans, result)
             elif self._handoff is not None:
                 self._handoff.send(hidden)
+        if self._device.type == "cuda" and self.decoder.part.judges:  # nobody else waits: so many plans, and no more, are queued
+            torch.cuda.current_stream(self._device).synchronize()
         result.compute_s = time.perf_counter() - clock
         self.times.append(StageTime(plan.step, began, began + result.compute_s, _num_tokens(plan)))
         return result
@@ -109,9 +115,9 @@ class ModelRunner:
 
     def _answer(self, hidden: Tensor, spans: Sequence[Span], result: StepResult) -> None:
         """Logits are made by all ranks of the last stage together; what becomes of them is the leader's."""
-        scores = score_prompts(hidden, spans, self.decoder.logits, self.decoder.shape.vocab_size)
-        results = self._draw(hidden, spans)
-        result.scores, result.results = scores, results
+        size = self.decoder.shape.vocab_size
+        result.scores = score_prompts(hidden, spans, self.decoder.logits, size, tell=self._sampler is not None)
+        result.results = self._draw(hidden, spans)
 
     def _draw(self, hidden: Tensor, spans: Sequence[Span]) -> list[ChunkResult]:
         last_rows = np.cumsum([span.num_tokens for span in spans]) - 1
@@ -156,7 +162,8 @@ def load_runner(
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, shape.dtype, device)
     max_model_len = resolve_max_model_len(config, shape)
-    peers = membership.join(device, config.step_timeout_s)
+    terms = {"dtype": str(dtype), "device": device.type, "model": str(shape), "block_size": str(config.block_size)}
+    peers = membership.join(device, config.step_timeout_s, terms)
     decoder = load_decoder(files, part, dtype, device, max_model_len, peers=peers.stage, progress=progress)
     if num_blocks is None:
         num_blocks = size_pool(config, shape, part, max_model_len, dtype, device, peers.neighbours)

@@ -1,7 +1,8 @@
 """A rank's loop: plans in, results out. No Ray in here; workers/worker.py is the actor around it.
 
 Two threads. The intake receives: it passes a plan on at once, to the next stage and the tensor-parallel peers, however long the
-plans before it still compute (ORCA, section 4.2), and answers pings. The other one computes, plan after plan.
+plans before it still compute (ORCA, section 4.2), and answers pings. The other one computes, plan after plan; what has come when it
+begins with one is expected then (see parallel.handoff).
 """
 
 import logging
@@ -23,10 +24,14 @@ _REPORT_S = 1.0
 log = logging.getLogger(__name__)
 
 
+class LostPlanError(RuntimeError):
+    """A plan is missing on its way: the epoch is over."""
+
+
 class Runner(Protocol):
     """What executes plans."""
 
-    times: list[StageTime]
+    times: deque[StageTime]
 
     @property
     def answers(self) -> bool:
@@ -77,11 +82,12 @@ class Intake:
         except Exception as error:
             log.exception("the intake failed")
             self.end = f"{type(error).__name__}: {error}"
+            self._mailbox.send(self._engine, StepResult(epoch=self._epoch, step=-1, results=[], error=self.end))
         finally:
             self.plans.put(None)
 
     def _receive(self) -> None:
-        heard_at = time.monotonic()
+        heard_at, step = time.monotonic(), -1
         while not self._closing:
             message = self._mailbox.receive(timeout_s=0.5)
             now = time.monotonic()
@@ -95,8 +101,12 @@ class Intake:
                 continue
             match message:
                 case StepPlan():
+                    if message.step not in (0, step + 1):  # ranks that run different plans would mix their sums
+                        raise LostPlanError(f"plan {message.step} came after plan {step}")
+                    step = message.step
                     for follower in self._followers:
-                        self._mailbox.send(follower, message)
+                        if not self._mailbox.send(follower, message):
+                            raise LostPlanError(f"plan {step} could not be passed on to {follower}")
                     self.plans.put(message)
                 case Ping():
                     self._mailbox.send(self._engine, Pong(self._epoch, self._rank))
@@ -132,7 +142,7 @@ def serve_plans(runner: Runner, intake: Intake, mailbox: Mailbox[WorkerMessage],
         if runner.times and time.monotonic() - reported_at > _REPORT_S:
             reported_at = time.monotonic()
             if seat.leader:
-                mailbox.send(engine, StageTimes(epoch, seat.stage, runner.times[:]))
+                mailbox.send(engine, StageTimes(epoch, seat.stage, list(runner.times)))
             runner.times.clear()
 
 

@@ -3,14 +3,11 @@
 import pytest
 
 from cluster.bundles import Node, bundles_for, cpus_needed, missing, with_threads
-from cluster.config import Config
+from cluster.config import Config, Device
 
 
-def config(tp: int = 1, pp: int = 1, **values: object) -> Config:
-    made = Config("m", device=values.pop("device", "cpu"), **values)  # type: ignore[arg-type]
-    object.__setattr__(made, "tp", tp)
-    object.__setattr__(made, "pp", pp)
-    return made
+def config(device: Device = "cpu", **values: int) -> Config:
+    return Config("m", device=device, **values)  # type: ignore[arg-type]
 
 
 def nodes(*totals: dict[str, float]) -> list[Node]:

@@ -43,6 +43,12 @@ def test_old_times_fade() -> None:
     assert cost.fixed_tokens == pytest.approx(5.0, rel=0.01)
 
 
+def test_one_that_took_far_too_long_bends_nothing() -> None:
+    cost = learnt(0.004, 0.001)
+    cost.observe(16, 60.0)
+    assert cost.fixed_tokens == pytest.approx(4.0, rel=0.3)
+
+
 def makespan(total: int, chunk: int, stages: int, fixed_s: float, token_s: float) -> float:
     """Chunks through stages, one after the other in each."""
     ends = [0.0] * stages

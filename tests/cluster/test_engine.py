@@ -143,6 +143,30 @@ def test_the_time_of_each_stage_is_summed_up(serving: Bench) -> None:
     assert told == {(("engine", "e"), ("stage", "0")): 0.75, (("engine", "e"), ("stage", "1")): 0.5}
 
 
+def test_a_rank_that_is_ready_is_watched_while_others_load() -> None:
+    """It would end itself if its engine were silent."""
+    bench = Bench(num_ranks=2)
+    bench.engine.receive(ready(10, 1), 0.0)
+    pings = 0
+    for now in range(1, 91):
+        bench.tick(float(now), frozen=frozenset({0}))
+        pings += len(bench.all(Ping))
+    assert pings >= 30
+    assert bench.engine.epoch == 10
+    bench.tick(99.0, frozen=frozenset({0, 1}))
+    assert bench.engine.epoch == 11
+
+
+def test_a_stall_is_forgiven_once(serving: Bench) -> None:
+    """The message that ended it is no older than it seems."""
+    serving.tick(1.0)
+    serving.engine.receive(Pong(10, 0), 501.0)
+    serving.engine.tick(501.0)
+    serving.now = 501.0
+    serving.tick(509.5, frozen=frozenset({0}))
+    assert serving.engine.epoch == 11
+
+
 def test_loading_is_given_up_in_time() -> None:
     bench = Bench()
     bench.tick(100.1)

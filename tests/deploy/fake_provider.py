@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ray.autoscaler._private.command_runner import _with_interactive
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 from ray.autoscaler.command_runner import CommandRunnerInterface
 from ray.autoscaler.tags import NODE_KIND_HEAD, TAG_RAY_NODE_KIND
@@ -20,7 +21,8 @@ TIMEOUT_S = 120
 
 
 class Here(CommandRunnerInterface):  # type: ignore[misc]
-    """Runs commands as a login on a node would, with `~` where HOME says."""
+    """Runs commands in the words of Ray's own runners, that of containers among them: in a login shell that takes itself for
+    interactive, with `~` where HOME says."""
 
     def run(self, cmd: str | None = None, environment_variables: Mapping[str, object] | None = None, **options: Any) -> str:
         """See CommandRunnerInterface. Raises subprocess.CalledProcessError with the output when the command fails."""
@@ -28,8 +30,17 @@ class Here(CommandRunnerInterface):  # type: ignore[misc]
             return ""
         given = environment_variables or {}
         environ = os.environ | {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
-        words = ["bash", "-c", f"source ~/.bashrc 2>/dev/null; {cmd}"]
-        done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        words = ["bash", "-c", " ".join(_with_interactive(cmd))]
+        done = subprocess.run(  # without the terminal, which an interactive shell would take for itself
+            words,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+            start_new_session=True,
+        )
         print(f"$ {cmd}\n{done.stdout}{done.stderr}", flush=True)
         done.check_returncode()
         return done.stdout

@@ -1,7 +1,9 @@
 """What stands under deploy/ is read by the code that will read it, Ray's schemas and our settings; pods and the image by shape."""
 
+import os
 import re
 import shlex
+import subprocess
 import tomllib
 import warnings
 from pathlib import Path
@@ -9,9 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.autoscaler._private.command_runner import _with_interactive
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from cluster.config import ConfigError, from_mapping
+from cluster.config import Config, from_mapping
 from cluster.model import DEMO_MODEL, open_model
 
 with warnings.catch_warnings():  # Ray Serve's own
@@ -55,16 +58,11 @@ def test_both_files_deploy_the_same() -> None:
 
 
 def test_settings_that_stand_there_as_examples_exist() -> None:
-    """Some values are refused until they are supported."""
     text = (DEPLOY / "serve.yaml").read_text()
     examples = {name: yaml.safe_load(value) for name, value in re.findall(r"^ {6}# ([a-z_]+): (\S+)$", text, re.MULTILINE)}
-    assert set(examples) >= {"tp", "pp", "engines"}
+    assert set(examples) >= {"device", "tp", "pp", "engines"}
     for name, value in examples.items():
-        try:
-            from_mapping({"model": "m", name: value})
-        except ConfigError as error:
-            if "only 1 is supported" not in str(error):
-                raise
+        from_mapping({"model": "m", name: value})
 
 
 @pytest.mark.parametrize("path", sorted((DEPLOY / "ray").glob("*.yaml")), ids=lambda path: path.name)
@@ -147,6 +145,39 @@ def test_the_image_holds_all_packages_and_its_sources_exist() -> None:
     assert all((ROOT / source).exists() for source in copied())
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert {name.split(".")[0] for name in pyproject["tool"]["setuptools"]["packages"]} | {"deploy"} <= copied()
+
+
+def login_path() -> str:
+    """What the image's login shells are told of PATH, last of all."""
+    (line,) = [rest for name, rest in instructions() if name == "RUN" and "/etc/profile.d/" in rest]
+    found = re.fullmatch(r"echo '(PATH=\S+)' > /etc/profile\.d/\w+\.sh", line)
+    assert found is not None, line
+    return found[1]
+
+
+def test_a_login_shell_finds_what_the_image_holds(tmp_path: Path) -> None:
+    """That is what `ray up` runs every command in; Debian's /etc/profile sets PATH without asking what it was."""
+    (venv,) = [words[-1] for name, rest in instructions() if name == "RUN" for words in re.findall(r"(-m venv) (\S+)", rest)]
+    (path,) = re.findall(r"PATH=(\S+)", next(rest for name, rest in instructions() if name == "ENV" and "PATH=" in rest))
+    assert path == f"{venv}/bin:$PATH"
+    (tmp_path / ".bash_profile").write_text(login_path())
+    command = ["bash", "-c", " ".join(_with_interactive("echo $PATH"))]
+    environ = {"HOME": str(tmp_path), "PATH": os.defpath}
+    shell = subprocess.run(
+        command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, start_new_session=True
+    )
+    assert shell.stdout.strip().split(":")[0] == f"{venv}/bin"
+
+
+def test_the_image_holds_what_ray_and_kuberay_run_in_it() -> None:
+    """rsync and ps by `ray up`, wget by the probes that KubeRay's operator adds to pods, ssh by a head that starts workers."""
+    (install,) = [rest for name, rest in instructions() if name == "RUN" and "apt-get install" in rest]
+    assert {"bash", "openssh-client", "procps", "rsync", "wget"} <= set(install.split())
+
+
+def test_the_image_names_the_ports_of_both_interfaces() -> None:
+    (exposed,) = [rest.split() for name, rest in instructions() if name == "EXPOSE"]
+    assert {str(Config("m").port), str(Config("m").grpc_port)} <= set(exposed)
 
 
 def test_the_builder_is_given_what_is_copied_and_nothing_else() -> None:

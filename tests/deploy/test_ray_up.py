@@ -1,13 +1,10 @@
 """`ray up` from one end to the other on this machine: the commands of deploy/ray/aws.yaml, with Ray's fake multi-node provider."""
 
-import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.serve.nodes import free_ports
+from tests.deploy.test_configs import login_path
+from tests.serve.nodes import end_marked, free_ports
 
 pytestmark = pytest.mark.serve
 
@@ -35,18 +33,6 @@ print(sum(node["Alive"] for node in ray.nodes()), ray.cluster_resources().get("f
 """
 
 
-def marked(mark: str) -> list[int]:
-    """Ids of the processes that inherited MARK=mark."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and f"{MARK}={mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-        except OSError:
-            pass
-    return found
-
-
 @pytest.fixture
 def home() -> Iterator[Path]:
     """HOME of all that the test starts. Its path is short, as Ray's sockets want it; its processes end with it."""
@@ -54,11 +40,7 @@ def home() -> Iterator[Path]:
     try:
         yield path
     finally:
-        while left := marked(str(path)):
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.1)
+        end_marked(f"{MARK}={path}")
         shutil.rmtree(path)
 
 
@@ -108,12 +90,14 @@ def test_ray_up_starts_a_head_which_starts_a_worker(home: Path) -> None:
     config = fake(yaml.safe_load((ROOT / "deploy/ray/aws.yaml").read_text()), home, port)
     (home / "user/.ray").mkdir(parents=True)
     (home / "user/.ray/auth_token").write_text(token)  # the user's; the nodes get it by file_mounts
+    commands = Path(sys.executable).parent
+    (home / ".bash_profile").write_text(login_path().replace("/opt/venv/bin", str(commands)))  # for the image's /etc/profile.d
     (home / "cluster.yaml").write_text(yaml.safe_dump(config))
     environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environ |= {
         MARK: str(home),
         "HOME": str(home),
-        "PATH": f"{Path(sys.executable).parent}:{environ['PATH']}",
+        "PATH": f"{commands}:{environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "RAYLINE_FAKE_HEAD": str(home / "head.json"),
         "RAY_FAKE_CLUSTER": "1",

@@ -48,6 +48,8 @@ class FakeGenerator:
     async def finish_choice(self, id: str, choice: int) -> None:
         self.finished_choices.append((id, choice))
 
+    leaving = False
+
     def status(self) -> ClusterStatus | None:
         return self.cluster
 

@@ -385,7 +385,12 @@ def test_health(tokenizer: Tokenizer, served: ServedModel, monkeypatch: pytest.M
         assert next(watched).status == ok
         api.generator.cluster = status_of(False)
         assert next(watched).status == ill
-        watched.cancel()
+        api.generator.leaving = True
+        assert list(watched) == [], "a process that is to end waits for no watcher"
+        api.generator.leaving = False
+        monkeypatch.setattr("router.grpc_service.WATCHED_S", 0.05)
+        assert [state.status for state in stub.Watch(ask(""), timeout=PATIENCE_S)] == [ill], "nor does one watcher stay for ever"
+        monkeypatch.setattr("router.grpc_service.WATCHED_S", 60.0)
         assert stub.Check(ask(""), timeout=PATIENCE_S).status == ill
         assert {state.status for state in stub.List(health_pb2.HealthListRequest(), timeout=PATIENCE_S).statuses.values()} == {ill}
         assert next(stub.Watch(ask("nobody"), timeout=PATIENCE_S)).status == unknown

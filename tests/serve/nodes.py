@@ -7,11 +7,12 @@ import contextlib
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -42,6 +43,24 @@ def marked(mark: str) -> list[int]:
         except OSError:
             pass  # gone meanwhile, or somebody else's
     return found
+
+
+def end_marked(mark: str) -> None:
+    """Kill all of them, and those that they start meanwhile."""
+    while left := marked(mark):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+
+
+def wait_for(reached: Callable[[], bool], timeout_s: float = 120.0) -> float:
+    """Seconds until it was."""
+    began = time.monotonic()
+    while not reached():
+        assert time.monotonic() < began + timeout_s
+        time.sleep(0.1)
+    return time.monotonic() - began
 
 
 class Nodes:
@@ -110,8 +129,14 @@ class Nodes:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(60)
-        self._process.stdout.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            end_marked(self.mark)
+            self._process.wait()
+            raise
+        finally:
+            self._process.stdout.close()
 
 
 class Driver:

@@ -3,25 +3,27 @@
 Needs root. Creates and removes namespaces of unique names, and ends only processes that it started.
 """
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
-from cluster.model import DEMO_MODEL
-from tests.serve.nodes import Nodes, marked
+from cluster.config import from_mapping
+from cluster.reconcile import namespace_of
+from cluster.scheduler import SchedulerConfig
+from tests.serve.nodes import Nodes, end_marked, marked, wait_for
+
+ROOT = Path(__file__).parents[2]
 
 MARK = "RAYLINE_TEST_NETNS"
 HEAD, OTHER = "10.213.0.1", "10.213.0.2"
-PORT = 8000
 OURS = ("ray::Worker", "ray::EngineActor", "ray::SchedulerActor", "ray::ServeReplica")
 
 
@@ -64,18 +66,18 @@ class Net:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def ours(self, side: int) -> list[str]:
-        """Titles of processes in that namespace that belong to an application."""
+    def ours(self, side: int) -> dict[int, str]:
+        """Ids and titles of processes in that namespace that belong to an application."""
         namespace = os.stat(f"/run/netns/{self.names[side]}").st_ino
-        found = []
+        found = {}
         for pid in marked(f"{MARK}={os.getpid()}"):
             try:
                 title = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
                 if title.startswith(OURS) and os.stat(f"/proc/{pid}/ns/net").st_ino == namespace:
-                    found.append(title.rstrip("\0"))
+                    found[pid] = title
             except OSError:
                 pass
-        return sorted(found)
+        return found
 
 
 def ip(*words: str) -> None:
@@ -91,7 +93,7 @@ def net(tmp_path: Path) -> Iterator[Net]:
         MARK: str(os.getpid()),
         "RAY_AUTH_MODE": "disabled",
         "PATH": f"{bin}:{os.environ['PATH']}",
-        "PYTHONPATH": os.getcwd(),
+        "PYTHONPATH": str(ROOT),
     }
     environment.pop("RAY_ADDRESS", None)
     Path("/tmp/ray").mkdir(exist_ok=True)
@@ -111,7 +113,7 @@ def net(tmp_path: Path) -> Iterator[Net]:
         for side, command in enumerate((head, other)):
             with (tmp_path / f"log{side}").open("wb") as log:
                 process = subprocess.Popen(
-                    made.inside(side, *command), env=environment, stdout=log, stderr=log, start_new_session=True
+                    made.inside(side, *command), env=environment, stdout=log, stderr=log, start_new_session=True, cwd=ROOT
                 )
             started.append(process)
             if side == 0:
@@ -123,9 +125,7 @@ def net(tmp_path: Path) -> Iterator[Net]:
         end = time.monotonic() + 10
         while any(process.poll() is None for process in started) and time.monotonic() < end:
             time.sleep(0.1)
-        for pid in marked(f"{MARK}={os.getpid()}"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        end_marked(f"{MARK}={os.getpid()}")
         for process in started:
             process.wait(10)
         for name in names:
@@ -145,13 +145,16 @@ def wait_for_port(net: Net, timeout_s: float = 60.0) -> None:
 CLIENT = """
 import json, sys, time, urllib.request
 url = sys.argv[1]
-for attempt in range(600):
-    try:
-        if b'"ready":' + sys.argv[2].encode() in urllib.request.urlopen(url + "/health", timeout=5).read():
-            break
-    except OSError:
-        pass
+end = time.monotonic() + 120
+seen = b""
+while b'"ready":' + sys.argv[2].encode() not in seen:
+    if time.monotonic() > end:
+        sys.exit(f"not ready: {seen}")
     time.sleep(0.2)
+    try:
+        seen = urllib.request.urlopen(url + "/health", timeout=5).read()
+    except OSError as error:
+        seen = str(error).encode()
 body = {"model": "demo", "prompt": "def main(", "max_tokens": 50, "temperature": 0, "stream": True}
 body |= {"ignore_eos": True, "return_token_ids": True}
 request = urllib.request.Request(url + "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
@@ -164,52 +167,55 @@ print(json.dumps(tokens))
 
 
 def test_deploy_over_two_nodes_and_delete_leaves_nothing(net: Net) -> None:
-    """Two engines, one on each node; the same again; one engine with a rank on each node, tensor-parallel and as two stages."""
-    settings = {"model": str(DEMO_MODEL), "served_model_name": "demo", "dtype": "float32", "kv_memory": "8MiB"}
-    file = net.directory / "deploy.json"  # JSON is YAML
+    """deploy/serve.yaml with two engines, one on each node; the same again; with one engine that has a rank on each node, tensor-
+    parallel and as two stages. Each time its tokens come from nobody but the set of the settings that were deployed."""
+    config = yaml.safe_load((ROOT / "deploy/serve.yaml").read_text())
+    (application,) = config["applications"]
+    given = {**application["args"], "dtype": "float32", "kv_memory": "8MiB"}
+    file = net.directory / "serve.yaml"
     answers = []
 
     def deploy(ready: int, **changes: object) -> None:
-        application = {"name": "app", "route_prefix": "/", "import_path": "router.app:build", "args": {**settings, **changes}}
-        http = {"host": "0.0.0.0", "port": PORT}
-        file.write_text(json.dumps({"proxy_location": "EveryNode", "http_options": http, "applications": [application]}))
+        before = routers(net)
+        application["args"] = {**given, **changes}
+        file.write_text(yaml.safe_dump(config))
         net.run(0, "serve", "deploy", str(file))
-        answers.append(json.loads(net.run(1, sys.executable, "-c", CLIENT, f"http://{HEAD}:{PORT}", str(ready))))
+        wanted = namespace_of(application["name"], from_mapping(application["args"]))
+        wait_for(lambda: len(routers(net)) == 1 and not routers(net) & before)
+        wait_for(lambda: {actor.partition("/")[0] for actor in nodes.left()["actors"]} == {wanted})
+        url = f"http://{HEAD}:{config['http_options']['port']}"
+        answers.append(json.loads(net.run(1, sys.executable, "-c", CLIENT, url, str(ready))))
+        assert workers(net) == [1, 1]
 
     with Nodes(net.directory, address=f"{HEAD}:6379", prefix=net.inside(0)) as nodes:
         wait_for(lambda: nodes.ask("alive") == [HEAD, OTHER])
         deploy(2, engines=2)
         first = nodes.left()
         assert (len(first["actors"]), len(first["groups"])) == (3, 2)
-        assert workers(net) == [1, 1]
 
         deploy(2, engines=2, request_timeout_s=500)
-        wait_for(lambda: len(routers(net)) == 1)
-        assert nodes.left() == first
+        end = time.monotonic() + SchedulerConfig().leave_s + 3  # the first router's goodbye must have ended nothing
+        while time.monotonic() < end:
+            assert nodes.left() == first
+            time.sleep(0.5)
 
         for changes in ({"tp": 2}, {"pp": 2}):
             deploy(1, **changes)
-            wait_for(lambda: len(nodes.left()["actors"]) == 2 and workers(net) == [1, 1])
-            answers.append(json.loads(net.run(1, sys.executable, "-c", CLIENT, f"http://{HEAD}:{PORT}", "1")))
-        assert [len(answer) for answer in answers] == [50] * len(answers)
+            found = nodes.left()
+            assert (len(found["actors"]), len(found["groups"])) == (2, 1)
+        assert [len(answer) for answer in answers] == [50] * 4
         assert len({tuple(answer) for answer in answers}) == 1, "greedy in fp32: the same whatever it ran on"
 
-        nodes.ask("delete", "app")
+        nodes.ask("delete", application["name"])
         nodes.wait_until_left({"actors": [], "groups": [], "workers": []})
-        wait_for(lambda: not net.ours(0) + net.ours(1), 10)
+        wait_for(lambda: not net.ours(0) | net.ours(1), 10)
 
 
 def workers(net: Net) -> list[int]:
     """How many run on each side."""
-    return [sum(title.startswith("ray::Worker") for title in net.ours(side)) for side in (0, 1)]
+    return [sum(title.startswith("ray::Worker") for title in net.ours(side).values()) for side in (0, 1)]
 
 
-def routers(net: Net) -> list[str]:
-    return [title for title in net.ours(0) + net.ours(1) if title.startswith("ray::ServeReplica")]
-
-
-def wait_for(reached: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not reached():
-        assert time.monotonic() < end
-        time.sleep(0.2)
+def routers(net: Net) -> set[int]:
+    """Their process ids."""
+    return {pid for pid, title in (net.ours(0) | net.ours(1)).items() if title.startswith("ray::ServeReplica")}

@@ -76,6 +76,7 @@ def test_a_second_command_of_the_same_name_and_other_settings_is_refused(nodes: 
     assert nodes.left() == before
 
 
+@pytest.mark.chaos
 def test_two_commands_with_names_of_their_own_share_a_proxy(nodes: Nodes, pair: Server, tmp_path: Path) -> None:
     before = nodes.left()
     port = int(pair.url.rsplit(":", 1)[1])

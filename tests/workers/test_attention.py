@@ -132,3 +132,19 @@ def test_a_window_reads_no_more_blocks_than_it_covers() -> None:
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(ConfigError, match="flash"):
         make_attention("flash", KVPool(1, 2, 4, 1, 2, torch.float32, torch.device("cpu")), [None])
+
+
+@pytest.mark.parametrize(("per_head", "dim"), [(1, 64), (1, 32), (2, 32), (3, 16), (3, 128), (5, 64), (7, 32)])
+def test_a_decode_has_the_same_bits_alone_and_in_a_batch_on_two_threads(per_head: int, dim: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        spans, num_blocks = lay_out([(length - 1, length) for length in [40] * 8])
+        together, pool, queries = attend("torch", spans, num_blocks, 2 * per_head, 2, dim, torch.float32)
+        backend = PortableAttention(pool, [None, None])
+        for row, span in enumerate(spans):
+            query = queries[row : row + 1]
+            alone = backend.prepare(PagedSpans.of([span], BLOCK)).attend(1, query, query[:, :2], query[:, :2])
+            assert torch.equal(alone[0], together[row]), f"row {row}"
+    finally:
+        torch.set_num_threads(before)

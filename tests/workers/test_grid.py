@@ -1,5 +1,8 @@
 """A model divided over tp x pp ranks says what it says whole, and what transformers says: every family, in one process."""
 
+import gc
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,22 +129,73 @@ def test_a_model_that_cannot_be_divided_so_is_refused(models: dict[str, TinyMode
             LocalRanks(open_model(path), config, num_blocks=10)
 
 
-def test_a_rank_that_fails_ends_the_rest(models: dict[str, TinyModel], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("broken", [0, 1])
+def test_after_a_failure_nothing_more_is_run(models: dict[str, TinyModel], monkeypatch: pytest.MonkeyPatch, broken: int) -> None:
     path = str(models["llama-biases"].path)
     config = Config(path, dtype="float32", device="cpu", pp=2, step_timeout_s=2.0, max_num_seqs=4, max_num_batched_tokens=16)
     ranks = LocalRanks(open_model(path), config, num_blocks=10)
     batch = batch_settings(config, ranks.num_blocks, ranks.max_model_len)
     batcher = Batcher(batch, KVManager(batch))
-    batcher.add(request("r", 5, 1, SamplingParams(), None), 0.0)
+    for name in "ab":
+        batcher.add(request(name, 12, 1, SamplingParams(), None), 0.0)
 
-    def broken(*_: object) -> None:
+    def fails(*_: object) -> None:
         raise ValueError("a broken part")
 
-    monkeypatch.setattr(ranks.runners[0], "forward", broken)
+    monkeypatch.setattr(ranks.runners[broken], "forward", fails)
     plan = batcher.schedule(0.0)
+    following = batcher.schedule(0.0)
     assert plan is not None
+    assert following is not None
     ranks.launch(plan)
+    ranks.launch(following)
     with pytest.raises(RuntimeError, match="a broken part"):
         ranks.collect()
-    assert not ranks.usable
+    with pytest.raises(RuntimeError, match="nothing more"):
+        ranks.collect()
+    with pytest.raises(RuntimeError, match="nothing more"):
+        ranks.launch(plan)
+    began = time.monotonic()
     ranks.close()
+    assert time.monotonic() - began < 30, "who waits for the failed rank does so for the step's time-out only"
+
+
+def test_an_interrupted_iteration_is_an_error_from_then_on(models: dict[str, TinyModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(models["mistral"].path)
+    ranks = LocalRanks(open_model(path), Config(path, dtype="float32", device="cpu"), num_blocks=10)
+    batch = batch_settings(Config(path), ranks.num_blocks, ranks.max_model_len)
+    batcher = Batcher(batch, KVManager(batch))
+    batcher.add(request("a", 12, 1, SamplingParams(), None), 0.0)
+    plan = batcher.schedule(0.0)
+    assert plan is not None
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ranks.runners[0], "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ranks.launch(plan)
+    with pytest.raises(RuntimeError, match="nothing more"):
+        ranks.collect()
+
+
+def test_ranks_that_are_forgotten_end(models: dict[str, TinyModel]) -> None:
+    path = str(models["mistral"].path)
+    ranks = LocalRanks(open_model(path), Config(path, dtype="float32", device="cpu", pp=2), num_blocks=10)
+    threads, held = ranks._threads, weakref.ref(ranks.runners[0])
+    del ranks
+    gc.collect()
+    for thread in threads:
+        thread.join(10)
+    del thread, threads
+    gc.collect()
+    assert held() is None
+
+
+def test_ranks_of_different_dtypes_refuse_each_other(models: dict[str, TinyModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As "auto" finds them on nodes of different CPUs."""
+    dtypes = iter([torch.bfloat16, torch.float32])
+    monkeypatch.setattr("workers.runner.resolve_dtype", lambda *_: next(dtypes))
+    path = str(models["mistral"].path)
+    with pytest.raises(ConfigError, match=r"rank \d on 127.0.0.1 has dtype torch"):
+        LocalRanks(open_model(path), Config(path, device="cpu", pp=2), num_blocks=10)

@@ -166,9 +166,14 @@ class PortableStep:
         keys, values = self.backend.gather(layer, group.blocks)
         num_kv_heads, head_dim = keys.shape[1:]
         rows = queries.view(group.size, num_kv_heads, -1, head_dim)
+        per_head = rows.shape[2]
+        if per_head % 2 and rows.device.type == "cpu":
+            # With several threads torch's kernel gives an odd number of rows other bits by where in the batch they stand.
+            rows = F.pad(rows, (0, 0, 0, 1))
         keys = keys.view(group.size, -1, num_kv_heads, head_dim).transpose(1, 2)
         values = values.view(group.size, -1, num_kv_heads, head_dim).transpose(1, 2)
-        return F.scaled_dot_product_attention(rows, keys, values, attn_mask=group.bias).reshape(group.size, -1)
+        attended = F.scaled_dot_product_attention(rows, keys, values, attn_mask=group.bias)
+        return attended[:, :, :per_head].reshape(group.size, -1)
 
     def _long_span(self, span: LongSpan, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """[n, num_heads, head_dim] -> [n, num_heads * head_dim]"""
