@@ -181,7 +181,7 @@ class GlobalScheduler:
         return kills
 
     def expect(self, engine: str, now: float) -> None:
-        """An engine of this name exists; if it does not speak, it hangs since before this scheduler began."""
+        """An engine of this name exists, or will again; if it does not speak, it hangs, and was not heard of before."""
         self._silent.setdefault(engine, _Silence(now, self.config.replace_s))
 
     def router_comes(self, now: float) -> None:
@@ -227,6 +227,7 @@ class GlobalScheduler:
         view = self._engines.get(engine)
         if view is not None and view.report.epoch <= epoch:
             del self._engines[engine]
+            self.expect(engine, now)
             self._end_epoch(engine, epoch)
             self._tell_status()
         self._bind(now)

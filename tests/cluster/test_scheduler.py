@@ -273,6 +273,15 @@ def test_an_engine_silent_since_before_the_scheduler_is_killed_too(bench: Bench)
     assert bench.scheduler.take_kills() == [KillEngine("e")]
 
 
+def test_an_engine_that_hangs_before_its_first_word_after_a_death_is_killed_too(bench: Bench) -> None:
+    bench.receive(report(), now=1.0)
+    bench.scheduler.engine_died("e", 1, 2.0)
+    bench.tick(31.0)
+    assert bench.scheduler.take_kills() == []
+    bench.tick(33.0)
+    assert bench.scheduler.take_kills() == [KillEngine("e")]
+
+
 def test_a_scheduler_that_slept_kills_nobody(bench: Bench) -> None:
     bench.receive(report(), now=1.0)
     bench.tick(20.0)
