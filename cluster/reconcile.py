@@ -19,7 +19,6 @@ from cluster.nodes import alive_nodes, has_gpus
 
 _ACTOR_TIMEOUT_S = 60.0
 _CHECK_TIMEOUT_S = 30.0
-_SECRET_TIMEOUT_S = 10.0
 _ATTEMPTS = 10
 
 log = logging.getLogger(__name__)
@@ -40,13 +39,15 @@ def ensure_cluster(config: Config, application: str, secret: str = "", *, coming
     """
     lease = namespace_of(application, config)
     resolved = on_device(config)
-    made = find_actor(SCHEDULER, lease) is None
-    if made:
+    orphans: dict[str, str | None] = {}
+    if find_actor(SCHEDULER, lease) is None:
         check_model(resolved)
-        secret = _secret_of_engines(lease) or secret
+        orphans = _secrets_of_engines(lease)
+        secret = next((own for own in orphans.values() if own), secret)
     address, secret = _scheduler(resolved, lease, secret or secrets.token_hex(), coming)
-    if made:
-        _end_strangers(lease, secret)
+    for name, own in orphans.items():
+        if own != secret:
+            _end_stranger(name, lease)
     for number in range(config.engines):
         name = f"engine-{number}"
         ray.remote(EngineActor).options(name=name, **_always(lease)).remote(resolved, name, address, lease, secret)
@@ -58,28 +59,28 @@ def _always(lease: str) -> dict[str, Any]:
     return {"num_cpus": 0, "namespace": lease, "lifetime": "detached", "get_if_exists": True, "max_restarts": -1}
 
 
-def _secret_of_engines(lease: str) -> str:
-    """Engines that have lost their scheduler for good keep their mailboxes; a new scheduler must be able to speak to them."""
-    for name in named_actors(lease):
-        engine = find_actor(name, lease)
-        try:
-            if engine is not None:
-                return str(ray.get(engine.secret.remote(), timeout=_ACTOR_TIMEOUT_S))
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            log.info("%s does not tell its secret: %s", name, error)
-    return ""
-
-
-def _end_strangers(lease: str, secret: str) -> None:
-    """Engines with another secret than the scheduler's, or which do not tell theirs, would never be heard: end them for good."""
+def _secrets_of_engines(lease: str) -> dict[str, str | None]:
+    """By name; None of one that does not tell. Engines that have lost their scheduler for good keep their mailboxes; a new
+    scheduler must be able to speak to them."""
+    found: dict[str, str | None] = {}
     for name in named_actors(lease):
         engine = find_actor(name, lease) if name != SCHEDULER else None
+        if engine is None:
+            continue
         try:
-            if engine is not None and ray.get(engine.secret.remote(), timeout=_SECRET_TIMEOUT_S) != secret:
-                ray.kill(engine)
+            found[name] = str(ray.get(engine.secret.remote(), timeout=_ACTOR_TIMEOUT_S))
         except (ray.exceptions.RayError, TimeoutError) as error:
-            log.warning("%s does not tell its secret and is ended: %s", name, error)
-            ray.kill(engine)
+            log.warning("%s does not tell its secret: %s", name, error)
+            found[name] = None
+    return found
+
+
+def _end_stranger(name: str, lease: str) -> None:
+    """For good: an engine with another secret than the scheduler's would never be heard."""
+    engine = find_actor(name, lease)
+    if engine is not None:
+        log.warning("%s does not share the scheduler's secret and is ended", name)
+        ray.kill(engine)
 
 
 def _scheduler(config: Config, lease: str, secret: str, coming: bool) -> tuple[str, str]:

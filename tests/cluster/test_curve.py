@@ -15,6 +15,7 @@ from cluster import channel
 from cluster.channel import Mailbox
 from cluster.curve import Keys
 from cluster.protocol import Ping, WorkerMessage
+from tests.serve.nodes import wait_for
 
 HOST = "127.0.0.1"
 SECRET = "the cluster's secret"
@@ -79,7 +80,7 @@ def test_a_stranger_is_not_heard_and_is_counted(
     pusher.connect(inbox.address)
     pusher.send(frame, zmq.NOBLOCK)
     assert inbox.receive(0.5) is None
-    wait_until(lambda: inbox.refused >= 1)
+    wait_for(lambda: inbox.refused >= 1)
     assert inbox.dropped_in == 0
     with mailbox(SECRET) as known:
         assert known.send(inbox.address, Ping(1))
@@ -127,14 +128,7 @@ def test_a_handshake_that_never_ends_is_cut(monkeypatch: pytest.MonkeyPatch) -> 
         raw.settimeout(5)
         while raw.recv(1000):  # the inbox's greeting, and then the end
             pass
-        wait_until(lambda: inbox.refused == 1)  # a thread counts it a little later
-
-
-def wait_until(reached: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not reached():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+        wait_for(lambda: inbox.refused == 1)  # a thread counts it a little later
 
 
 OVERSIZE = """
