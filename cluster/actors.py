@@ -60,6 +60,10 @@ class SchedulerActor:
         """Of the application's mailboxes: that of the scheduler that was created first."""
         return self._secret
 
+    def job(self) -> str:
+        """Ray's id of the job whose process made this actor."""
+        return str(ray.get_runtime_context().get_job_id())
+
     def router_comes(self) -> None:
         """See GlobalScheduler.router_comes."""
         self._coming.set()

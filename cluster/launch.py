@@ -29,6 +29,7 @@ from cluster.reconcile import ensure_cluster, namespace_of
 _SERVE_NAMESPACE = "serve"
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 _STOP_TIMEOUT_S = 60.0
+_ANSWER_S = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,21 @@ def _check_name(config: Config, lease: str) -> None:
         )
     for other in leases_of(config.name):
         if other != lease and config.name not in serve.status().applications:
+            if _maker_lives(other):
+                raise ConfigError(f"an application called '{config.name}' with other settings is just being started")
             end_actors(other)
+
+
+def _maker_lives(lease: str) -> bool:
+    """Whether the command that made the scheduler of this namespace still runs."""
+    scheduler = find_actor(SCHEDULER, lease)
+    if scheduler is None:
+        return False
+    try:
+        maker = ray.get(scheduler.job.remote(), timeout=_ANSWER_S)
+    except (ray.exceptions.RayError, TimeoutError):
+        return False
+    return any(job["JobID"] == maker and not job["IsDead"] for job in ray._private.state.jobs())
 
 
 def _end_application(name: str, lease: str) -> None:

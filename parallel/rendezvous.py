@@ -28,17 +28,12 @@ class StoreServer:
         self._socket.listen(_BACKLOG)
         self._host, self._port = host, int(self._socket.getsockname()[1])
         self._store: Store | None = None
-        self._thread = threading.Thread(target=self._listen, name="store", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._listen, name="store", daemon=True).start()
 
     @property
     def address(self) -> str:
         """host:port, for `connect`."""
         return f"{self._host}:{self._port}"
-
-    def wait(self) -> None:
-        """Until it listens."""
-        self._thread.join()
 
     def _listen(self) -> None:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]

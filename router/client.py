@@ -64,8 +64,11 @@ __all__ = [
 _OPTIONS = [("grpc.max_receive_message_length", 256 * 2**20)]
 
 
-class Client:
-    """Calls of one server; threads may share it. Methods raise RaylineError."""
+class _Connected:
+    """A channel to one server, and what every call takes along."""
+
+    _grpc: Any
+    """The module that opens channels: grpc or grpc.aio."""
 
     def __init__(
         self,
@@ -77,12 +80,19 @@ class Client:
     ) -> None:
         """`target`: host:port. `application`: the Serve application's name. `timeout_s`: of calls that name none; None: no limit
         but the server's. `credentials`: for TLS."""
-        self._channel = (
-            grpc.insecure_channel(target, _OPTIONS) if credentials is None else grpc.secure_channel(target, credentials, _OPTIONS)
-        )
+        if credentials is None:
+            self._channel = self._grpc.insecure_channel(target, _OPTIONS)
+        else:
+            self._channel = self._grpc.secure_channel(target, credentials, _OPTIONS)
         self._stub = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout_s = timeout_s
         self._metadata = (("application", application),)
+
+
+class Client(_Connected):
+    """Calls of one server; threads may share it. Methods raise RaylineError."""
+
+    _grpc = grpc
 
     def __enter__(self) -> Self:
         return self
@@ -127,26 +137,10 @@ class Client:
             return method(request, timeout=self._timeout_s if timeout_s is None else timeout_s, metadata=self._metadata)
 
 
-class AsyncClient:
+class AsyncClient(_Connected):
     """As Client, for asyncio: to be made where the event loop runs. Cancelling a task cancels its call."""
 
-    def __init__(
-        self,
-        target: str,
-        *,
-        application: str = "rayline",
-        timeout_s: float | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
-    ) -> None:
-        """As Client's."""
-        self._channel = (
-            grpc.aio.insecure_channel(target, _OPTIONS)
-            if credentials is None
-            else grpc.aio.secure_channel(target, credentials, _OPTIONS)
-        )
-        self._stub = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._timeout_s = timeout_s
-        self._metadata = (("application", application),)
+    _grpc = grpc.aio
 
     async def __aenter__(self) -> Self:
         return self

@@ -16,7 +16,7 @@ import pytest
 from cluster.config import Config
 from cluster.model import DEMO_MODEL
 from tests.serve.conftest import Server, start_server
-from tests.serve.nodes import Nodes
+from tests.serve.nodes import Nodes, wait_for
 
 pytestmark = pytest.mark.serve
 SMALL = ("--dtype", "float32", "--kv-memory", "8MiB")
@@ -89,6 +89,30 @@ def test_two_commands_with_names_of_their_own_share_a_proxy(nodes: Nodes, pair: 
         assert other.stop() == 0, other.log.read_text()
     nodes.wait_until_left(before, timeout_s=5.0)
     assert pair.request("/health")[0] == 200
+
+
+@pytest.mark.chaos
+def test_a_command_of_the_same_name_waits_for_the_death_of_one_that_starts(nodes: Nodes, pair: Server, tmp_path: Path) -> None:
+    """Two that start at the same moment don't end each other's set; what is left of a dead one is ended."""
+    before = nodes.left()
+    named = ("--name", "raced", "--route-prefix", "/raced")
+    port = pair.url.rsplit(":", 1)[1]
+    command = [sys.executable, "-m", "cluster.cli", "serve", *SMALL, *named, "--host", "127.0.0.1", "--port", port]
+    with (tmp_path / "first").open("wb") as output:
+        first = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **nodes.environment})
+    wait_for(lambda: any(actor.startswith("raced-") for actor in nodes.left()["actors"]))
+    first.send_signal(signal.SIGSTOP)
+    try:
+        done = rayline(nodes, *named, "--port", port, "--max-num-seqs", "3")
+        assert done.returncode == 2, done.stderr
+        assert "an application called 'raced' with other settings is just being started" in done.stderr.splitlines()[-1]
+    finally:
+        first.kill()
+        first.wait()
+    second = start_server(tmp_path / "log", *SMALL, *named[:2], "--max-num-seqs", "3", nodes=nodes, port=int(port), prefix=named[3])
+    assert len([actor for actor in nodes.left()["actors"] if actor.startswith("raced-")]) == 2
+    assert second.stop() == 0, second.log.read_text()
+    nodes.wait_until_left(before, timeout_s=5.0)
 
 
 def test_what_is_missing_is_said_and_ends_the_command(nodes: Nodes, pair: Server) -> None:
