@@ -20,7 +20,7 @@ test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 chaos: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -m chaos --timeout=900 tests/serve $(ARGS)
+	$(VENV)/bin/python -m pytest -m chaos --timeout=900 -rP tests/serve $(ARGS)
 
 bench: $(VENV)/.test
 	$(VENV)/bin/python -m bench $(ARGS)
