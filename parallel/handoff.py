@@ -25,6 +25,7 @@ class Handoff:
         self._expected: deque[tuple[Tensor, Any]] = deque()
         self._sent: deque[tuple[Tensor, Any]] = deque()
         self._first = group.rank == 0
+        self._last = group.rank == group.size - 1
 
     def expect(self, num_tokens: int) -> None:
         """A later plan has so many tokens; call in the order of the plans, at most once for each."""
@@ -40,7 +41,9 @@ class Handoff:
         return hidden
 
     def send(self, hidden: Tensor) -> None:
-        """Hand [num_tokens, hidden] to the next stage without waiting for it, which takes `hidden` over. Not for the last stage."""
+        """Hand [num_tokens, hidden] to the next stage without waiting for it, which takes `hidden` over."""
+        if self._last:
+            return
         while len(self._sent) >= 2 * self._group.size:  # more plans are hardly ever in flight, so the oldest have arrived
             self._sent.popleft()[1].wait()
         self._sent.append((hidden, self._group.send(hidden, self._group.rank + 1)))

@@ -1,5 +1,6 @@
 """One served demo model for all tests that need Ray: started by the command that users start it by, on a free port."""
 
+import http.client
 import json
 import os
 import signal
@@ -80,6 +81,13 @@ class Server:
             assert time.monotonic() < end, f"{name} is {seen}, {wanted}"
             time.sleep(0.1)
 
+    def is_healthy(self) -> bool:
+        """Whether /health says so; a proxy that is just starting may close the connection half-way."""
+        try:
+            return self.request("/health")[0] == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
     def processes(self) -> list[int]:
         """Ids of all live processes that this server started, itself included."""
         return marked(f"{MARK}={urllib.parse.urlsplit(self.url).port}")
@@ -108,15 +116,16 @@ def start_server(log: Path, *options: str, nodes: Nodes | None = None, port: int
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=mark)
     server = Server(process, f"http://127.0.0.1:{port}{prefix}", log, grpc_port)
     end = time.monotonic() + START_TIMEOUT_S
-    while True:
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < end, f"not healthy after {START_TIMEOUT_S} s:\n{log.read_text()}"
-        try:
-            if server.request("/health")[0] == 200:
-                return server
-        except OSError:
-            pass
-        time.sleep(0.2)
+    try:
+        while not server.is_healthy():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, f"not healthy after {START_TIMEOUT_S} s:\n{log.read_text()}"
+            time.sleep(0.2)
+    except BaseException:  # the next test should not find it
+        if process.poll() is None:
+            server.stop()
+        raise
+    return server
 
 
 @pytest.fixture(scope="session")
