@@ -17,7 +17,7 @@ serve: $(VENV)/.serve
 	@exec $(VENV)/bin/rayline serve $(ARGS)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
 
 chaos: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -m chaos --timeout=900 -rP tests/serve $(ARGS)
