@@ -17,6 +17,8 @@ import yaml
 
 from cluster.config import Config, ConfigError, from_mapping
 from cluster.model import DEMO_MODEL, open_model
+from parallel.mesh import Mesh
+from parallel.partition import partition
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -101,6 +103,7 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
     """Serve MODEL (a directory or hub id; default: the bundled demo) over HTTP (OpenAI's interface) and gRPC."""
     config = resolve(model, config_file, options)
     files = open_model(config.model, config.revision)
+    partition(files.shape, Mesh(config.tp, config.pp).seat(0), config.stage_layers)  # can it be divided so? before Ray is started
     from router.tokenizer import load
 
     if Path(config.model).expanduser().is_dir():  # workers run in other directories, and on other nodes

@@ -109,6 +109,18 @@ def test_heads_that_do_not_divide_are_refused(model: Path) -> None:
     assert "3 key/value heads" in refused("serve", str(model))
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--tp", "5000"], "tp is 5000, but the model has only 8 heads"),
+        (["--pp", "9"], "pp is 9, but the model has only 4 layers"),
+        (["--pp", "2", "--stage-layers", "1,1"], "stage_layers is 1,1, but must be 2 numbers of at least 1 that add up to 4"),
+    ],
+)
+def test_a_division_that_the_model_does_not_allow_is_refused(words: list[str], why: str) -> None:
+    assert why in refused("serve", str(DEMO_MODEL), *words)
+
+
 def test_a_truncated_checkpoint_is_refused(model: Path) -> None:
     os.truncate(model / "model.safetensors", 1000)
     assert "model.safetensors" in refused("generate", str(model), "--prompt", "x")
