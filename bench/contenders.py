@@ -84,6 +84,7 @@ def times_faster(one: Contender, other: Contender) -> tuple[float, float]:
 def load_for_policies(arguments: Namespace, most: int) -> LLM:
     """The model of a command line, with room for policies of up to `most` sequences at a time."""
     settings = {"max_num_seqs": most, "max_num_batched_tokens": max(512, most), "kv_memory": arguments.kv_memory}
+    settings["prefix_cache"] = "off"  # each run asks the same prompts again
     return LLM(arguments.model, dtype=arguments.dtype, threads=arguments.threads, **settings)
 
 

@@ -27,8 +27,13 @@ STEP_TOKENS = 2048
 
 
 def load_ours(path: Path, dtype: str, device: str, slots: int, budget: int) -> LLM:
-    """Default settings but for sizes."""
-    sizes: dict[str, Any] = {"max_model_len": LONGEST, "max_num_seqs": slots, "max_num_batched_tokens": max(budget, slots)}
+    """Default settings but for sizes, and without the prefix cache: each run asks the same prompts again."""
+    sizes: dict[str, Any] = {
+        "prefix_cache": "off",
+        "max_model_len": LONGEST,
+        "max_num_seqs": slots,
+        "max_num_batched_tokens": max(budget, slots),
+    }
     if device == "cpu":
         sizes["kv_memory"] = "256MiB"
     return LLM(str(path), dtype=dtype, device=device, **sizes)

@@ -43,7 +43,12 @@ def run(lengths: Sequence[int], batching: Batching, slots: int) -> tuple[Occupan
     longest = max(lengths) + 1
     blocks = slots * (-(-longest // BatchConfig.block_size) + 2) + 1
     config = BatchConfig(
-        num_blocks=blocks, max_model_len=longest, batching=batching, max_num_seqs=slots, max_num_batched_tokens=max(512, slots)
+        num_blocks=blocks,
+        max_model_len=longest,
+        batching=batching,
+        max_num_seqs=slots,
+        max_num_batched_tokens=max(512, slots),
+        prefix_cache="off",
     )
     drive = Drive([Job([7], length) for length in lengths], config, FakeRunner(blocks), itertools.count().__next__)
     whole, in_demand = Occupancy(slots), Occupancy(slots)

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     report = Report("offline", command_line(argv))
     torch.set_num_threads(arguments.threads)
-    llm = LLM(arguments.model, dtype=arguments.dtype, threads=arguments.threads, max_model_len=512)
+    llm = LLM(arguments.model, dtype=arguments.dtype, threads=arguments.threads, max_model_len=512, prefix_cache="off")
     shapes = uniform_shapes(arguments.requests)
     report.say(f"{len(shapes)} requests at once, {arguments.threads} threads: {options.summary(shapes)}")
     trial = [dataclasses.replace(shape, prompt_tokens=32, output_tokens=32) for shape in shapes]

@@ -218,6 +218,7 @@ class Pipeline:
             kv_memory=64 << 20,
             max_num_seqs=64,
             threads=1,
+            prefix_cache="off",
         )
         self._store = StoreServer(HOST)
         self._mailbox = Mailbox[EngineMessage](EngineMessage, HOST, secret=SECRET)

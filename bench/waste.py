@@ -69,7 +69,7 @@ class Usage:
         self.allocated += stats.slots_allocated
         self.used += stats.slots_used
         self.running += stats.running
-        self.preemptions = batcher.num_preemptions
+        self.preemptions = batcher.counters.preemptions
 
     @property
     def waste(self) -> float:
@@ -131,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_model_len=arguments.max_model_len,
         max_num_seqs=arguments.slots,
         max_num_batched_tokens=max(BatchConfig.max_num_batched_tokens, arguments.slots),
+        prefix_cache="off",
     )
     try:
         shapes = options.workload(arguments, base.max_sequence_tokens, report.say)

@@ -22,6 +22,7 @@ from cluster.fleet import Died, Fleet, Waiting
 from cluster.protocol import EngineMessage, SchedulerMessage, StageTimes
 from cluster.recorder import Recorder
 from cluster.scheduler import GlobalScheduler, SchedulerConfig
+from kv.names import BlockNames
 
 TICK_S = 0.2
 _ORPHANED_S = 120.0
@@ -43,7 +44,7 @@ class SchedulerActor:
         except zmq.ZMQError as error:  # restarted on another node, say: engines and routers look the new address up
             log.warning("port %d: %s; taking another one", port, error)
             self._mailbox = Mailbox[SchedulerMessage](SchedulerMessage, host, secret=secret)
-        settings = SchedulerConfig(max_queue=config.max_queue, placement=config.placement)
+        settings = SchedulerConfig(max_queue=config.max_queue, placement=config.placement, block_size=config.block_size)
         self._scheduler = GlobalScheduler(settings, time.monotonic())
         self._lease, self._secret = lease, secret
         self._stop, self._coming = threading.Event(), threading.Event()
@@ -126,6 +127,7 @@ class EngineActor:
             step_timeout_s=config.step_timeout_s,
             worker_timeout_s=config.worker_timeout_s,
             load_timeout_s=config.load_timeout_s,
+            names=BlockNames(secret, config.block_size) if config.by_prefix else None,
         )
         self._engine = Engine(settings, time.time_ns() // 1_000_000, time.monotonic())
         self._fleet = Fleet(config, name, lease, self._mailbox.address, secret)

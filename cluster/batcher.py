@@ -14,6 +14,7 @@ A sequence in a launched plan keeps its blocks until that plan has returned, wha
 import bisect
 import itertools
 from collections import deque
+from dataclasses import dataclass, fields
 
 from cluster.config import BatchConfig
 from cluster.cost import StepCost
@@ -32,10 +33,26 @@ from cluster.protocol import (
     TokenDelta,
 )
 from cluster.request import Scoring, Sequence, why_impossible
-from kv.manager import KVManager, PrefixMatch
+from kv.manager import KVManager
+from kv.radix import NO_MATCH, PrefixMatch
 
 _LEAST_CHUNK = 16
 """Tokens of a prompt in one plan, at least, where there are as many."""
+
+
+@dataclass
+class Counters:
+    """Running totals of a Batcher."""
+
+    preemptions: int = 0
+    looked_up: int = 0
+    """Tokens of sequences that got a place for the first time, and do not continue a sibling ..."""
+    cached: int = 0
+    """... and of these, tokens whose KV the prefix cache had."""
+
+    def __add__(self, other: "Counters") -> "Counters":
+        """Of both."""
+        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 class Batcher:
@@ -50,7 +67,7 @@ class Batcher:
         """In order of arrival; all have a block table."""
         self.in_flight: deque[Launched] = deque()
         self._requests: dict[str, dict[int, Sequence]] = {}
-        self.num_preemptions = 0
+        self.counters = Counters()
         self._next_seq = 0
         self._next_step = 0
         self._cost = StepCost()
@@ -101,6 +118,7 @@ class Batcher:
         """The next iteration, launched: None if nothing can run now. Call while fewer than config.depth plans are in flight."""
         self._end_static_batch()
         self.line.release(self._can_fork)
+        self.kv.begin_plan()
         plan = StepPlan(epoch=self.epoch, step=self._next_step, admitted=[], chunks=[], copies=[], finished=[])
         chosen: list[Sequence] = []
         decodes = self._schedule_decodes(plan, chosen)
@@ -149,7 +167,7 @@ class Batcher:
         static = self.config.batching != "continuous"
         if not self.line.waiting or (static and self.running):
             return
-        free = self.kv.pool.num_free - self._blocks_promised()
+        free = self.kv.num_free - self._blocks_promised()
         while self.line.waiting and len(self.running) < self.config.max_num_seqs and (budget > 0 or static):
             sequence = self.line.waiting[0]
             taken = self._enter(sequence, plan, free)
@@ -168,18 +186,21 @@ class Batcher:
         if parent is not None and self._can_fork(parent):
             shared = len(sequence.request.prompt) - 1
             taken = self.kv.blocks_for(sequence.num_tokens) - shared // self.config.block_size
-            fork = self.kv.fork(parent.seq, sequence.seq, shared) if taken <= free else None
-            if fork is None:
-                return None
-            sequence.num_computed = shared
-            if fork.copy is not None:
-                plan.copies.append(fork.copy)
+            beginning = self.kv.fork(parent.seq, sequence.seq, shared) if taken <= free else None
         else:
             match = self._match(sequence)
-            taken = self.kv.blocks_to_admit(sequence.num_tokens, sequence.max_num_tokens) - len(match.blocks)
-            if taken > free or not self.kv.admit(sequence.seq, match, sequence.max_num_tokens):
-                return None
-            sequence.num_computed = match.num_tokens
+            taken = self.kv.blocks_to_admit(sequence.num_tokens, sequence.max_num_tokens) - len(match.blocks) + match.idle
+            salt, longest = sequence.request.cache_salt, sequence.max_num_tokens
+            beginning = self.kv.admit(sequence.seq, match, salt, longest) if taken <= free else None
+            if beginning is not None and not sequence.sent:
+                sequence.cached = beginning.num_tokens
+                self.counters.looked_up += sequence.num_tokens
+                self.counters.cached += beginning.num_tokens
+        if beginning is None:
+            return None
+        if beginning.copy is not None:
+            plan.copies.append(beginning.copy)
+        sequence.num_computed = beginning.num_tokens
         sequence.parent = None
         new = None if sequence.sent else sequence.introduction()
         plan.admitted.append(Admission(sequence.seq, sequence.num_computed, list(self.kv.table(sequence.seq)), new))
@@ -187,9 +208,7 @@ class Batcher:
         return taken + self._margin
 
     def _match(self, sequence: Sequence) -> PrefixMatch:
-        if self.config.reservation != "paged" or not sequence.scoring.complete:
-            return PrefixMatch()
-        return self.kv.match(sequence.request.prompt + sequence.emitted, sequence.request.cache_salt)
+        return self.kv.match(sequence.key, sequence.request.cache_salt) if sequence.scoring.complete else NO_MATCH
 
     def _can_fork(self, parent: Sequence) -> bool:
         return self.kv.holds(parent.seq) and parent.num_computed >= len(parent.request.prompt) - 1
@@ -221,7 +240,7 @@ class Batcher:
         scores = sequence.scoring.take(end)
         plan.chunks.append(Chunk(sequence.seq, sequence.num_computed, count, blocks, tokens, sample=draws, scores=scores))
         if sequence.num_computed < len(sequence.request.prompt):
-            self.kv.cache.pending(sequence.request.prompt[:end], self.kv.table(sequence.seq), sequence.request.cache_salt)
+            self.kv.record(sequence.seq, sequence.key, end)
         sequence.num_computed = end
         self._launch(sequence, chosen)
         return True
@@ -254,7 +273,7 @@ class Batcher:
     def _preempt(self, victim: Sequence) -> None:
         self._give_back(victim)
         victim.num_computed = 0
-        self.num_preemptions += 1
+        self.counters.preemptions += 1
         self.line.join(victim)
         self.line.recall(victim)
 
@@ -357,11 +376,9 @@ class Batcher:
         self._forget(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
-        """Out of the running set; its KV goes to the prefix cache, its blocks to the pool."""
+        """Out of the running set; the prefix cache keeps the KV of its whole blocks, as long as there is room."""
         self.running.remove(sequence)
-        tokens = (sequence.request.prompt + sequence.emitted)[: sequence.num_computed]
-        self.kv.cache.computed(tokens, self.kv.table(sequence.seq), sequence.request.cache_salt)
-        self.kv.release(sequence.seq)
+        self.kv.release(sequence.seq, sequence.key, sequence.num_computed)
 
     def _forget(self, sequence: Sequence) -> None:
         if sequence.sent:
@@ -376,7 +393,7 @@ class Batcher:
         """
         queued = sum(self.kv.blocks_to_admit(s.num_tokens, s.max_num_tokens) for s in self.line.everyone())
         claimed = self._blocks_promised() + queued
-        tokens = (self.kv.pool.num_free - claimed) * self.config.block_size
+        tokens = (self.kv.num_free - claimed) * self.config.block_size
         return Credit(max(0, tokens), max(0, self.capacity().sequences - self.num_sequences))
 
     def capacity(self) -> Credit:
@@ -391,10 +408,12 @@ class Batcher:
             waiting=len(self.line),
             in_flight=len(self.in_flight),
             blocks_total=self.config.num_blocks - 1,
-            blocks_used=self.kv.pool.num_used,
+            blocks_used=self.kv.pool.num_held,
             slots_allocated=ledger.allocated,
             slots_used=ledger.used,
             slots_shared=ledger.shared,
+            blocks_cached=self.kv.pool.num_used - self.kv.pool.num_held,
+            backlog=sum(s.schedulable for s in itertools.chain(self.running, self.line.waiting) if s.schedulable > 1),
         )
 
     def check_integrity(self) -> None:

@@ -16,7 +16,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Batching = Literal["continuous", "static", "static-skip"]
 Reservation = Literal["paged", "max_tokens", "contiguous"]
-PlacementPolicy = Literal["least_loaded", "round_robin"]
+PrefixCache = Literal["on", "off"]
+PlacementPolicy = Literal["prefix", "least_loaded", "round_robin"]
 
 _EDGE = frozenset(("name", "route_prefix", "host", "port", "grpc_port", "routers", "served_model_name", "request_timeout_s"))
 """Settings that only routers and Serve work by."""
@@ -46,6 +47,8 @@ class BatchConfig:
     """Default: as many as stages (ORCA, section 4.2)."""
     batching: Batching = "continuous"
     reservation: Reservation = "paged"
+    prefix_cache: PrefixCache = "on"
+    """With paged reservation: whether KV outlives its sequences, to be found by its tokens."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "pp")
@@ -109,9 +112,12 @@ class Config:
     max_num_batched_tokens: int = 512
     batching: Batching = "continuous"
     reservation: Reservation = "paged"
+    prefix_cache: PrefixCache = "on"
+    """Whether KV outlives its sequences, to be shared by later ones that begin with the same tokens."""
     threads: int | None = None
     """CPU threads of one worker. Default: the cores there are, shared among this node's workers."""
-    placement: PlacementPolicy = "least_loaded"
+    placement: PlacementPolicy = "prefix"
+    """Of several engines: the one that has most of the prompt and least to do, the least loaded one, or each in turn."""
     max_queue: int = 1024
     """Requests waiting for an engine, cluster-wide; the next one is answered 429."""
     request_timeout_s: float = 600.0
@@ -153,6 +159,12 @@ class Config:
     def model_name(self) -> str:
         """The name under which clients ask for the model."""
         return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def by_prefix(self) -> bool:
+        """Whether requests are placed by the KV that engines have, of which the scheduler must be told."""
+        by_prefix = self.placement == "prefix" and self.engines > 1
+        return by_prefix and self.prefix_cache == "on" and self.reservation == "paged"
 
     @property
     def num_ranks(self) -> int:
@@ -215,6 +227,8 @@ def _check(name: str, value: Any, hint: Any) -> Any:
     allowed = [hint] if get_origin(hint) is Literal else [part for part in get_args(hint) or (hint,) if part is not type(None)]
     for part in allowed:
         if get_origin(part) is Literal:
+            if isinstance(value, bool) and "on" in get_args(part):  # YAML reads on and off so
+                value = "on" if value else "off"
             if value in get_args(part):
                 return value
             raise ConfigError(f"{name} is '{value}'; choose one of {', '.join(map(str, get_args(part)))}")

@@ -12,9 +12,11 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from cluster.batcher import Batcher
+from cluster.batcher import Batcher, Counters
 from cluster.config import BatchConfig, ConfigError
 from cluster.protocol import (
+    CacheChanges,
+    CacheResync,
     Cancel,
     Credit,
     Deltas,
@@ -39,13 +41,17 @@ from cluster.protocol import (
     WorkerMessage,
     WorkerReady,
 )
+from kv.changes import ChangeLog
 from kv.manager import KVManager
+from kv.names import BlockNames
 
 LOAD_FAILED = "could not load"
 """In an engine's reason: not a death, but something that a person has to mend."""
 _SETTLED_RESULTS = 100
 """After so many good steps an epoch counts as healthy, and the next failure as the first."""
 _STALLED_S = 3.0
+_ANNOUNCE_S = 0.02
+"""Changes of the radix tree are told at most so often."""
 _PING_S = 2.0
 """Workers end when they have not heard of their engine for a minute."""
 
@@ -92,6 +98,8 @@ class EngineConfig:
     load_timeout_s: float = 600.0
     heartbeat_s: float = 1.0
     longest_backoff_s: float = 30.0
+    names: BlockNames | None = None
+    """For a scheduler that places by prefixes: how it is told of blocks. None: it need not be told."""
 
 
 @dataclass
@@ -100,7 +108,7 @@ class Metrics:
 
     steps: int = 0
     tokens_computed: int = 0
-    preemptions: int = 0
+    batches: Counters = field(default_factory=Counters)
     epochs: int = 0
     stage_seconds: dict[int, float] = field(default_factory=dict)
     """By stage: how long its leader computed."""
@@ -113,7 +121,9 @@ class Metrics:
         return [
             MetricSample("rayline:iterations_total", labels, float(self.steps)),
             MetricSample("rayline:computed_tokens_total", labels, float(self.tokens_computed)),
-            MetricSample("vllm:num_preemptions_total", labels, float(self.preemptions)),
+            MetricSample("vllm:num_preemptions_total", labels, float(self.batches.preemptions)),
+            MetricSample("vllm:prefix_cache_queries_total", labels, float(self.batches.looked_up)),
+            MetricSample("vllm:prefix_cache_hits_total", labels, float(self.batches.cached)),
             MetricSample("rayline:engine_epochs_total", labels, float(self.epochs)),
             *(
                 MetricSample("rayline:stage_compute_seconds_total", (*labels, ("stage", str(stage))), seconds)
@@ -139,6 +149,11 @@ class _Epoch:
     heard_at: dict[int, float] = field(default_factory=dict)
     """By rank, once it is ready: its last sign of life."""
     results: int = 0
+    changes: ChangeLog | None = None
+    """Of its radix tree, for the scheduler."""
+    announced: int = 0
+    """How many CacheChanges it has sent."""
+    announced_at: float = 0.0
     waiting: str = ""
     """Why its workers can't start yet, where something is missing."""
 
@@ -193,6 +208,8 @@ class Engine:
                 self._router_down(message.router)
             case EngineDown() if message.epoch >= self.epoch:
                 self._end_epoch("taken for dead by the scheduler", now, next_epoch=message.epoch + 1, failure=False)
+            case CacheResync() if message.epoch == self.epoch:
+                self._announce_whole(now)
             case StepResult():
                 self._result(message, now)
             case WorkerReady():
@@ -327,6 +344,8 @@ class Engine:
             self.metrics.tokens_computed += sum(chunk.num_tokens for chunk in plan.chunks)
             self._send(epoch.ready[0].address, plan)
         self._report(now)
+        if epoch.changes and now - epoch.announced_at >= _ANNOUNCE_S:
+            self._announce(epoch.changes.take(), now)
 
     def _result(self, result: StepResult, now: float) -> None:
         batcher = self.batcher
@@ -373,7 +392,8 @@ class Engine:
         except ConfigError as error:
             self._end_epoch(f"workers can't serve: {error}", now)
             return
-        epoch.batcher = Batcher(batch, KVManager(batch), epoch.number)
+        epoch.changes = ChangeLog(self.config.names) if self.config.names is not None else None
+        epoch.batcher = Batcher(batch, KVManager(batch, epoch.changes), epoch.number)
         self._reason = ""
         self._news = True
 
@@ -382,7 +402,7 @@ class Engine:
         over = self._epoch
         suspects: set[str] = set()
         if over.batcher is not None:
-            self.metrics.preemptions += over.batcher.num_preemptions
+            self.metrics.batches += over.batcher.counters
             suspects = {s.request.id for launched in over.batcher.in_flight for s in launched.sequences}
         by_router: dict[str, list[tuple[str, int]]] = {}
         for request in self._requests.values():
@@ -414,7 +434,7 @@ class Engine:
         accepted, self._accepted = self._accepted, []
         running = self.metrics
         if batcher is not None:
-            running = dataclasses.replace(running, preemptions=running.preemptions + batcher.num_preemptions)
+            running = dataclasses.replace(running, batches=running.batches + batcher.counters)
         report = EngineReport(
             engine=self.config.name,
             epoch=self.epoch,
@@ -428,8 +448,22 @@ class Engine:
             accepted=accepted,
             stats=batcher.stats() if batcher else EngineStats(),
             metrics=running.samples(self.config.name),
+            cache_changes=self._epoch.announced,
         )
         self._send(self._scheduler, report)
+
+    def _announce(self, changes: list[tuple[bool, bytes]], now: float, whole: bool = False) -> None:
+        """Tell the scheduler how the radix tree has changed, for its prefix index."""
+        epoch = self._epoch
+        message = CacheChanges(engine=self.config.name, epoch=epoch.number, number=epoch.announced, changes=changes, whole=whole)
+        epoch.announced, epoch.announced_at = epoch.announced + 1, now
+        self._send(self._scheduler, message)
+
+    def _announce_whole(self, now: float) -> None:
+        tree = self.batcher.kv.tree if self.batcher is not None else None
+        if tree is not None and self._epoch.changes is not None:
+            self._epoch.changes.take()
+            self._announce([(True, bytes(node.names)) for node in tree.nodes()], now, whole=True)
 
     def _send(self, address: str, message: RouterMessage | SchedulerMessage | WorkerMessage) -> None:
         self._actions.append(Send(address, message))

@@ -124,6 +124,8 @@ class TokenDelta(Wire, kw_only=True):
     prompt_index: int = 0
     prompt_logprobs: list[TokenLogprobs] = []
     """News of the request rather than of the choice: prompt positions [prompt_index, prompt_index + len(prompt_logprobs))."""
+    cached_tokens: int | None = None
+    """With the first delta of a choice: tokens of the prompt whose KV was there already when it first ran."""
 
 
 class Deltas(Wire, tag=True):
@@ -171,6 +173,8 @@ class Place(Wire, tag=True, kw_only=True):
     arrival: float
     """Scheduler-independent order of arrival: the router's unix time when the client's request came."""
     deadline_s: float | None = None
+    names: bytes = b""
+    """Of the prompt's whole blocks, joined (kv/names.py), where placement goes by prefixes."""
 
 
 class Withdraw(Wire, tag=True):
@@ -269,6 +273,28 @@ class EngineReport(Wire, tag=True, kw_only=True):
     """(request, attempt) accepted since the last report: no longer to be subtracted from the credit."""
     stats: "EngineStats"
     metrics: "list[MetricSample]"
+    cache_changes: int = 0
+    """How many CacheChanges of this epoch were sent before."""
+
+
+class CacheChanges(Wire, tag=True, kw_only=True):
+    """Engine -> scheduler, soon after a plan or an eviction: how its radix tree has changed."""
+
+    engine: str
+    epoch: int
+    number: int
+    """Counts up from 0 within (engine, epoch); where one is missing, CacheResync is the answer."""
+    changes: list[tuple[bool, bytes]]
+    """(added or removed, names of blocks, joined), in order."""
+    whole: bool = False
+    """These are all blocks there are, whatever was said before."""
+
+
+class CacheResync(Wire, tag=True):
+    """Scheduler -> engine: changes of this epoch are missing; send the whole."""
+
+    engine: str
+    epoch: int
 
 
 class EngineStats(Wire, kw_only=True):
@@ -282,6 +308,10 @@ class EngineStats(Wire, kw_only=True):
     slots_allocated: int = 0
     slots_used: int = 0
     slots_shared: int = 0
+    blocks_cached: int = 0
+    """Besides blocks_used: kept for requests to come, given up where there is need."""
+    backlog: int = 0
+    """Tokens of prompts, known and neither computed nor in a launched plan."""
 
 
 class EngineStatus(Wire):
@@ -441,6 +471,8 @@ class StageTimes(Wire, tag=True):
 
 
 RouterMessage = Deltas | Released | Rejected | Placement | Refusal | EngineDown | PlaceAgain | Stop | ClusterStatus
-SchedulerMessage = Place | Withdraw | RouterHello | EngineReport
-EngineMessage = Submit | Cancel | RouterDown | EngineDown | StepResult | WorkerReady | WorkerFailed | Pong | StageTimes
+SchedulerMessage = Place | Withdraw | RouterHello | EngineReport | CacheChanges
+EngineMessage = (
+    Submit | Cancel | RouterDown | EngineDown | CacheResync | StepResult | WorkerReady | WorkerFailed | Pong | StageTimes
+)
 WorkerMessage = StepPlan | Ping

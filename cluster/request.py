@@ -1,8 +1,9 @@
 """A request and its sequences as an engine keeps them. Few counters are stored, the rest is derived."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.protocol import FinishReason, NewSequence, PromptScores, Request, SamplingParams, TokenDelta
+from kv.names import TOKEN_BYTES, pack
 
 
 @dataclass(eq=False)
@@ -47,12 +48,26 @@ class Sequence:
     """The workers know its prompt and parameters."""
     started_at: float | None = None
     """When the first plan with it was launched."""
+    cached: int = 0
+    """Tokens whose KV the prefix cache had when it first got a place."""
     finish: FinishReason | None = None
     """Set once: no further token of it is wanted."""
     told: bool = False
     """Some of its prompt's log-probabilities were delivered."""
     parent: "Sequence | None" = None
     """The sibling whose prompt KV this one can fork, as long as that is in the pool."""
+    _key: bytearray = field(default_factory=bytearray)
+
+    @property
+    def key(self) -> bytearray:
+        """All known tokens, packed: what the prefix cache knows them by. Not to be changed."""
+        packed = len(self._key) // TOKEN_BYTES
+        if packed == 0:
+            self._key += pack(self.request.prompt)
+            packed = len(self.request.prompt)
+        if packed < self.num_tokens:
+            self._key += pack(self.emitted[packed - len(self.request.prompt) :])
+        return self._key
 
     @property
     def params(self) -> SamplingParams:
@@ -96,6 +111,7 @@ class Sequence:
             queued_s=self.started_at - self.received_at if first and self.started_at is not None else None,
             prompt_index=scores.first if scores is not None else 0,
             prompt_logprobs=scores.logprobs if scores is not None else [],
+            cached_tokens=min(self.cached, len(self.request.prompt)) if first else None,
         )
 
 

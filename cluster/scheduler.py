@@ -8,14 +8,17 @@ a lost report costs a moment, never correctness.
 
 import bisect
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from cluster.config import PlacementPolicy
+from cluster.engine_view import EngineView
 from cluster.metrics import Totals
+from cluster.prefixes import Prefixes, blocks_of
 from cluster.protocol import (
+    CacheChanges,
+    CacheResync,
     ClusterStatus,
-    Credit,
     EngineDown,
     EngineMessage,
     EngineReport,
@@ -55,6 +58,10 @@ class SchedulerConfig:
 
     max_queue: int = 1024
     placement: PlacementPolicy = "least_loaded"
+    block_size: int = 16
+    """Of the engines' pools, for placement by prefixes."""
+    max_index_blocks: int = 1 << 24
+    """Names of blocks that the prefix index keeps, of about 100 bytes each."""
     binding_timeout_s: float = 10.0
     """A bound request not accepted by then gives its credit back."""
     silence_s: float = 10.0
@@ -69,56 +76,6 @@ class SchedulerConfig:
     """An engine whose process is still silent after so long hangs, and is killed: one that died would have come back."""
     heartbeat_s: float = 1.0
     retry_after_s: float = 1.0
-
-
-@dataclass(frozen=True)
-class _Binding:
-    tokens: int
-    sequences: int
-    expires: float
-
-
-@dataclass
-class _EngineView:
-    """An engine as its last report, and what was bound to it since, show it."""
-
-    report: EngineReport
-    heard_at: float
-    max_sequence_tokens: int
-    """The last known one: an engine that loads again will most likely hold what it held."""
-    bindings: dict[tuple[str, int], _Binding] = field(default_factory=dict)
-    bound: Credit = field(default_factory=lambda: Credit(0, 0))
-    """The sum of the bindings."""
-
-    @property
-    def left(self) -> Credit:
-        """Credit that is not bound."""
-        credit = self.report.credit
-        return Credit(credit.tokens - self.bound.tokens, credit.sequences - self.bound.sequences)
-
-    def takes(self, place: Place) -> bool:
-        """Whether the credit covers `place`. What is more than half of all there is needs an idle engine, or half of it free."""
-        report, capacity = self.report, self.report.capacity
-        if not report.ready or place.longest > report.max_sequence_tokens:
-            return False
-        left = self.left
-        tokens = min(place.num_tokens, max(1, capacity.tokens // 2))
-        sequences = min(place.sequences, max(1, capacity.sequences // 2))
-        idle = report.credit == capacity and not self.bindings
-        return idle or (left.tokens >= tokens and left.sequences >= sequences)
-
-    def bind(self, place: Place, expires: float) -> None:
-        """Take the credit that `place` needs, until it is accepted or the binding expires."""
-        key = (place.request, place.attempt)
-        self.unbind(key)
-        self.bindings[key] = _Binding(place.num_tokens, place.sequences, expires)
-        self.bound = Credit(self.bound.tokens + place.num_tokens, self.bound.sequences + place.sequences)
-
-    def unbind(self, key: tuple[str, int]) -> None:
-        """Accepted, withdrawn or expired."""
-        binding = self.bindings.pop(key, None)
-        if binding is not None:
-            self.bound = Credit(self.bound.tokens - binding.tokens, self.bound.sequences - binding.sequences)
 
 
 @dataclass
@@ -152,7 +109,7 @@ class GlobalScheduler:
         """In order of arrival."""
         self._waiting: dict[str, _Waiting] = {}
         """The same by request."""
-        self._engines: dict[str, _EngineView] = {}
+        self._engines: dict[str, EngineView] = {}
         self._over: dict[str, int] = {}
         """By engine: the last epoch known to be over."""
         self._routers: dict[str, float] = {}
@@ -169,6 +126,7 @@ class GlobalScheduler:
         self._lease_until = now + config.first_router_s
         self._coming_until = now
         self._turn = 0
+        self._prefixes = Prefixes(config.block_size, config.max_index_blocks)
 
     def take_messages(self) -> list[Send]:
         """All that is to be sent now, in order; each is returned once."""
@@ -216,6 +174,10 @@ class GlobalScheduler:
                 return
             case EngineReport():
                 self._engine_report(message, now)
+            case CacheChanges():
+                if not self._prefixes.take(message, now):
+                    self._send(self._engines[message.engine].report.address, CacheResync(message.engine, message.epoch))
+                return
         self._bind(now)
 
     def counted(self, source: str, samples: list[MetricSample]) -> None:
@@ -251,6 +213,7 @@ class GlobalScheduler:
                 view.unbind(key)
         for waiting in [w for w in self._line if now >= w.deadline]:
             self._refuse(waiting.place, "deadline")
+        self._prefixes.tick(now)
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + self.config.heartbeat_s
             self._tell_status()
@@ -303,12 +266,16 @@ class GlobalScheduler:
         while self._line:
             waiting = self._line[0]
             place = waiting.place
-            view = self._choose(place)
+            names = blocks_of(place.names) if self.config.placement == "prefix" else ()
+            overlap = self._prefixes.overlap(names)
+            view = self._choose(place, overlap)
             if view is not None:
+                engine = view.report.engine
                 self._forget(place.request)
-                view.bind(place, now + self.config.binding_timeout_s)
+                view.bind(place, place.num_tokens - overlap.get(engine, 0), now + self.config.binding_timeout_s)
+                self._prefixes.expect(engine, names, now)
                 report, waited_s = view.report, now - waiting.since
-                placement = Placement(place.request, place.attempt, report.engine, report.epoch, report.address, waited_s)
+                placement = Placement(place.request, place.attempt, engine, report.epoch, report.address, waited_s)
                 self._send(place.reply_to, placement)
             elif place.attempt == 0 and self._larger_than_all(place):
                 self._refuse(place, "too_large")
@@ -321,14 +288,18 @@ class GlobalScheduler:
         ready = any(view.report.ready for view in views)
         return ready and all(place.longest > view.max_sequence_tokens for view in views)
 
-    def _choose(self, place: Place) -> _EngineView | None:
+    def _choose(self, place: Place, overlap: dict[str, int]) -> EngineView | None:
         able = [view for view in self._engines.values() if view.takes(place)]
         if not able:
             return None
-        if self.config.placement == "round_robin":
-            self._turn += 1
-            return able[self._turn % len(able)]
-        return max(able, key=lambda view: (view.left.sequences, view.left.tokens))
+        match self.config.placement:
+            case "round_robin":
+                self._turn += 1
+                return able[self._turn % len(able)]
+            case "least_loaded":
+                return max(able, key=lambda view: (view.left.sequences, view.left.tokens))
+            case "prefix":
+                return min(able, key=lambda view: view.cost(place, overlap.get(view.report.engine, 0)))
 
     # --- engines and routers ----------------------------------------------------------------------------------------
 
@@ -341,7 +312,7 @@ class GlobalScheduler:
         if view is None or report.epoch > view.report.epoch:
             self._end_epoch(report.engine, report.epoch - 1)
             limit = 0 if view is None else view.max_sequence_tokens
-            view = self._engines[report.engine] = _EngineView(report, now, limit)
+            view = self._engines[report.engine] = EngineView(report, now, limit)
             changed = True
         elif report.epoch == view.report.epoch and report.number > view.report.number:
             changed = report.ready != view.report.ready
@@ -349,6 +320,8 @@ class GlobalScheduler:
         else:
             return
         view.max_sequence_tokens = report.max_sequence_tokens or view.max_sequence_tokens
+        if not self._prefixes.follow(report.engine, report.epoch, report.cache_changes, now):
+            self._send(report.address, CacheResync(report.engine, report.epoch))
         for key in report.accepted:
             view.unbind(key)
         self._totals.put(report.engine, report.metrics)
@@ -358,6 +331,7 @@ class GlobalScheduler:
     def _end_epoch(self, engine: str, epoch: int) -> None:
         """Tell all routers, whether or not they have something there: a stale word is dropped, a missing one is a hung client."""
         self._over[engine] = max(epoch, self._over.get(engine, -1))
+        self._prefixes.forget(engine)
         for router in self._routers:
             self._send(router, EngineDown(engine, epoch))
 

@@ -1,4 +1,4 @@
-"""Who holds which blocks: block tables, allocated on demand, forked with copy-on-write.
+"""Who holds which blocks: block tables, allocated on demand, begun with what is known already, forked with copy-on-write.
 
 Ownership of one sequence's slots, by position:
 
@@ -6,80 +6,63 @@ Ownership of one sequence's slots, by position:
     |-- valid KV ----|-- written by launched plans --|-- allocated, not yet written: at most one block (paged) --|
 
 A table's blocks are held (one reference each) from `admit` to `release`. Nobody ever writes into a block that another table
-holds: a fork shares whole blocks only, and copies the one it will write into.
+holds or that the tree keeps: whole blocks only are shared, and the one that will be written into is copied.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 from cluster.config import BatchConfig
 from kv.blocks import BlockPool, IntegrityError
-from kv.ledger import Ledger, measure
+from kv.ledger import Ledger
+from kv.radix import NO_MATCH, Key, Lease, Observer, PrefixMatch, RadixTree
 
 
 @dataclass(frozen=True)
-class PrefixMatch:
-    """The longest known prefix of some tokens: whole blocks that hold their KV."""
+class Beginning:
+    """A new table's first tokens, whose KV there is already."""
 
-    num_tokens: int = 0
-    blocks: tuple[int, ...] = ()
-
-
-class PrefixCache(Protocol):
-    """What the manager asks of a tree of KV that outlives its sequences (RadixAttention)."""
-
-    def match(self, tokens: Sequence[int], salt: str) -> PrefixMatch:
-        """The longest prefix of `tokens`, at most len - 1 of them. Changes nothing."""
-
-    def pending(self, tokens: Sequence[int], blocks: Sequence[int], salt: str) -> None:
-        """These whole blocks will hold the KV of `tokens` once the plan being made has run: later plans may rely on it."""
-
-    def computed(self, tokens: Sequence[int], blocks: Sequence[int], salt: str) -> None:
-        """The result is in: these blocks hold the KV of `tokens`, generated ones included."""
-
-    def evict(self, count: int) -> int:
-        """Give back up to `count` least recently used blocks that no sequence holds; returns how many."""
-
-
-class NoPrefixCache:
-    """prefix_cache: off."""
-
-    def match(self, tokens: Sequence[int], salt: str) -> PrefixMatch:
-        """Nothing is ever known."""
-        return PrefixMatch()
-
-    def pending(self, tokens: Sequence[int], blocks: Sequence[int], salt: str) -> None:
-        """Not kept."""
-
-    def computed(self, tokens: Sequence[int], blocks: Sequence[int], salt: str) -> None:
-        """Not kept."""
-
-    def evict(self, count: int) -> int:
-        """There is nothing to evict."""
-        return 0
-
-
-@dataclass(frozen=True)
-class Fork:
-    """A new table that begins with another sequence's KV."""
-
+    num_tokens: int
     copy: tuple[int, int] | None
-    """(source, destination): the block both will write into, to be copied before the plan's chunks run."""
+    """(source, destination): a part of a block that this table will write into, to be copied before the plan's chunks run."""
+
+
+@dataclass
+class _Table:
+    blocks: list[int]
+    lease: Lease | None = None
+    """Of the part of the table that the tree has."""
 
 
 class KVManager:
-    """Block tables of one engine's admitted sequences. Failure to allocate is None, and then nothing has changed."""
+    """Block tables of one engine's admitted sequences, and the tree of what they leave behind (prefix_cache on, paged only).
 
-    def __init__(self, config: BatchConfig, cache: PrefixCache | None = None) -> None:
+    Failure to allocate is None, and then no table has changed.
+    """
+
+    def __init__(self, config: BatchConfig, observer: Observer | None = None) -> None:
         self.config = config
         self.pool = BlockPool(config.num_blocks)
-        self.cache = cache or NoPrefixCache()
-        self._tables: dict[int, list[int]] = {}
+        cached = config.prefix_cache == "on" and config.reservation == "paged"
+        self.tree = RadixTree(self.pool, config.block_size, observer) if cached else None
+        self._tables: dict[int, _Table] = {}
+        self._fresh: set[int] = set()
+        """Blocks that the plan being made will write: whole ones can be shared in it, but no part copied before it has run."""
 
-    def match(self, tokens: Sequence[int], salt: str) -> PrefixMatch:
-        """The longest cached prefix of `tokens`. Changes nothing."""
-        return self.cache.match(tokens, salt)
+    def begin_plan(self) -> None:
+        """What was recorded so far is written before anything that is planned from now on."""
+        self._fresh.clear()
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be had: free ones, and those that only the tree keeps."""
+        return self.pool.num_free + (0 if self.tree is None else self.tree.num_idle)
+
+    def match(self, key: Key, salt: str) -> PrefixMatch:
+        """The longest known prefix of packed tokens (kv.names.pack), at most all but the last. Changes nothing."""
+        if self.tree is None:
+            return NO_MATCH
+        match = self.tree.match(key, salt)
+        return match if match.part is None or match.part[0] not in self._fresh else replace(match, part=None)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -87,7 +70,7 @@ class KVManager:
 
     def table(self, seq: int) -> list[int]:
         """The block table of an admitted sequence. Not to be changed."""
-        return self._tables[seq]
+        return self._tables[seq].blocks
 
     @property
     def sequences(self) -> set[int]:
@@ -98,18 +81,27 @@ class KVManager:
         """Whether `seq` has a table."""
         return seq in self._tables
 
-    def admit(self, seq: int, match: PrefixMatch, max_tokens: int) -> bool:
+    def admit(self, seq: int, match: PrefixMatch, salt: str, max_tokens: int) -> Beginning | None:
         """Begin a table for `seq` with a matched prefix; the baselines reserve the blocks of its whole life now.
 
-        max_tokens: the most tokens (prompt and output) it can come to. False if a reservation can't be had.
+        max_tokens: the most tokens (prompt and output) it can come to. None if a reservation can't be had.
         """
         self._check_new(seq)
         reserved = self._reserve(max_tokens)
         if reserved is None:
-            return False
+            return None
+        if self.tree is None:
+            self._tables[seq] = _Table(reserved)
+            return Beginning(0, None)
+        table = self._tables[seq] = _Table(list(match.blocks), self.tree.lock(match, salt))
         self.pool.share(match.blocks)
-        self._tables[seq] = [*match.blocks, *reserved]
-        return True
+        if match.part is not None:
+            source, count = match.part
+            copied = self._take(1)
+            if copied is not None:
+                table.blocks += copied
+                return Beginning(match.num_tokens + count, (source, copied[0]))
+        return Beginning(match.num_tokens, None)
 
     def _check_new(self, seq: int) -> None:
         if seq in self._tables:
@@ -133,18 +125,35 @@ class KVManager:
 
     def allocate(self, seq: int, num_tokens: int) -> list[int] | None:
         """Make room for the first `num_tokens` tokens of `seq`; returns the blocks appended to its table, perhaps none."""
-        table = self._tables[seq]
+        table = self._tables[seq].blocks
         missing = self.blocks_for(num_tokens) - len(table)
         if missing <= 0:
             return []
-        if missing > self.pool.num_free:
-            self.cache.evict(missing - self.pool.num_free)
-        blocks = self.pool.allocate(missing)
+        blocks = self._take(missing)
         if blocks is not None:
             table.extend(blocks)
         return blocks
 
-    def fork(self, parent: int, child: int, num_tokens: int) -> Fork | None:
+    def _take(self, count: int) -> list[int] | None:
+        if count > self.num_free:
+            return None
+        if self.tree is not None and count > self.pool.num_free:
+            self.tree.evict(count - self.pool.num_free)
+        return self.pool.allocate(count)
+
+    def record(self, seq: int, key: Key, num_tokens: int) -> None:
+        """The first `num_tokens` of the packed tokens `key` have their KV in the table of `seq`, or will have it once the plan that
+        is being made has run. Whole blocks of it can be found from now on, and outlive the table."""
+        if self.tree is None:
+            return
+        table = self._tables[seq]
+        assert table.lease is not None
+        end = self._end_of_own(table, table.lease, num_tokens)
+        if end > table.lease.num_blocks:
+            self._fresh.update(table.blocks[table.lease.num_blocks : end])
+            self.tree.insert(table.lease, key, table.blocks[:end])
+
+    def fork(self, parent: int, child: int, num_tokens: int) -> Beginning | None:
         """Begin `child`'s table with the parent's KV of the first `num_tokens` tokens: whole blocks shared, a part block copied.
 
         The part block is copied at once and not at the first write, since both will write there in their next iteration anyway.
@@ -153,39 +162,52 @@ class KVManager:
         self._check_new(child)
         whole, rest = divmod(num_tokens, self.config.block_size)
         source = self._tables[parent]
-        copied: list[int] = []
-        if rest:
-            taken = self.pool.allocate(1)
-            if taken is None:
-                return None
-            copied = taken
-        self.pool.share(source[:whole])
-        self._tables[child] = [*source[:whole], *copied]
-        return Fork((source[whole], copied[0]) if rest else None)
+        copied = self._take(1) if rest else []
+        if copied is None:
+            return None
+        lease = None
+        if self.tree is not None and source.lease is not None:
+            lease = self.tree.share(source.lease, min(whole, source.lease.num_blocks))
+        self.pool.share(source.blocks[:whole])
+        self._tables[child] = _Table([*source.blocks[:whole], *copied], lease)
+        return Beginning(num_tokens, (source.blocks[whole], copied[0]) if rest else None)
 
-    def release(self, seq: int) -> None:
-        """End a sequence's table; blocks held by nobody else become free."""
-        self.pool.release(self._tables.pop(seq))
+    def release(self, seq: int, key: Key = b"", num_tokens: int = 0) -> None:
+        """End a sequence's table; blocks held by nobody else become free, or idle in the tree, which keeps the whole ones of the
+        first `num_tokens` tokens of `key`, whose KV they have."""
+        table = self._tables.pop(seq)
+        if self.tree is not None and table.lease is not None:
+            self.tree.release(table.lease, key, table.blocks[: self._end_of_own(table, table.lease, num_tokens)])
+        self.pool.release(table.blocks)
+
+    def _end_of_own(self, table: _Table, lease: Lease, num_tokens: int) -> int:
+        """Whole blocks of the first `num_tokens` tokens, up to one behind the lease that another table shares by a fork: what the
+        tree has is either held by a lease of each of its tables, or idle."""
+        whole = num_tokens // self.config.block_size
+        shared = (at for at in range(lease.num_blocks, whole) if self.pool.references(table.blocks[at]) > 1)
+        return next(shared, whole)
 
     def ledger(self, computed: dict[int, int]) -> Ledger:
         """The slots of all tables; `computed` has each sequence's number of tokens with valid KV."""
         size = self.config.block_size
-        if self.pool.num_used == sum(map(len, self._tables.values())):  # nothing is shared: no need to look at single blocks
-            used = sum(min(computed.get(seq, 0), len(table) * size) for seq, table in self._tables.items())
-            return Ledger(self.pool.num_used * size, used)
-        return measure(((table, computed.get(seq, 0)) for seq, table in self._tables.items()), size)
+        tables = self._tables.items()
+        filled = sum(min(computed.get(seq, 0), len(table.blocks) * size) for seq, table in tables)
+        shared = (sum(len(table.blocks) for _, table in tables) - self.pool.num_held) * size  # only whole blocks are
+        return Ledger(self.pool.num_held * size, filled - shared, shared)
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless tables and reference counts agree."""
         self.pool.check_integrity()
         counts: dict[int, int] = {}
         for seq, table in self._tables.items():
-            if len(set(table)) != len(table):
+            if len(set(table.blocks)) != len(table.blocks):
                 raise IntegrityError(f"sequence {seq} holds a block twice")
-            for block in table:
+            for block in table.blocks:
                 counts[block] = counts.get(block, 0) + 1
-        for block, count in counts.items():
-            if self.pool.references(block) < count:
-                raise IntegrityError(f"block {block} is in {count} tables but has {self.pool.references(block)} references")
-        if isinstance(self.cache, NoPrefixCache) and self.pool.num_used != len(counts):
-            raise IntegrityError(f"{self.pool.num_used - len(counts)} blocks are allocated, but in no table")
+        for block in range(self.pool.num_blocks):
+            if self.pool.references(block) != counts.get(block, 0):
+                raise IntegrityError(
+                    f"block {block} is in {counts.get(block, 0)} tables but has {self.pool.references(block)} references"
+                )
+        if self.tree is not None:
+            self.tree.check_integrity()

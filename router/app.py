@@ -25,6 +25,7 @@ from cluster.config import Config, from_mapping
 from cluster.model import open_model
 from cluster.protocol import RouterMessage
 from cluster.reconcile import ensure_cluster
+from kv.names import BlockNames
 from router import inference_pb2 as pb
 from router.api import build_api
 from router.disconnect import Disconnecting
@@ -62,7 +63,8 @@ class Router:
         scheduler, self._secret = ensure_cluster(config, self._application, coming=True)
         self._metrics = RouterMetrics()
         mailbox = Mailbox[RouterMessage](RouterMessage, ray.util.get_node_ip_address(), secret=self._secret)
-        self._dispatcher = Dispatcher(mailbox, scheduler, self._metrics.samples)
+        names = BlockNames(self._secret, config.block_size).of_prompt if config.by_prefix else None
+        self._dispatcher = Dispatcher(mailbox, scheduler, self._metrics.samples, names)
         self._files = open_model(config.model, config.revision, weights=False)
         self._tokenizer = load(self._files.path)
 

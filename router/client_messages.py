@@ -103,6 +103,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int
+    """Of the prompt's, those whose KV was found in a cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,7 +335,7 @@ def _output(output: pb.Output) -> dict[str, Any]:
 
 
 def _usage(usage: pb.Usage) -> Usage:
-    return Usage(usage.prompt_tokens, usage.completion_tokens)
+    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
 
 
 def _position(entry: pb.PositionLogprobs) -> PositionLogprobs:

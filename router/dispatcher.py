@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from cluster.channel import Mailbox
 from cluster.protocol import ClusterStatus, MetricSample, RouterHello, RouterMessage, Stop
@@ -17,12 +17,18 @@ HELLO_S = 1.0
 class Dispatcher:
     """The Generator of a router process. All but the receiving thread runs on one event loop."""
 
-    def __init__(self, mailbox: Mailbox[RouterMessage], scheduler: str, metrics: Callable[[], list[MetricSample]]) -> None:
-        """`metrics`: the totals that go out with each heartbeat."""
+    def __init__(
+        self,
+        mailbox: Mailbox[RouterMessage],
+        scheduler: str,
+        metrics: Callable[[], list[MetricSample]],
+        names: Callable[[Sequence[int], str], bytes] | None = None,
+    ) -> None:
+        """`metrics`: the totals that go out with each heartbeat. `names`: see JournalConfig."""
         self._mailbox = mailbox
         self._scheduler = scheduler
         self._metrics = metrics
-        self._journal = Journal(JournalConfig(mailbox.address, scheduler))
+        self._journal = Journal(JournalConfig(mailbox.address, scheduler, names=names))
         self._readers: dict[str, asyncio.Queue[News]] = {}
         self._closed = False
         """Takes no more requests."""

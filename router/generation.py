@@ -35,6 +35,8 @@ class ChoiceDelta:
     """With the generation's first news: seconds it waited, in the cluster's queue and the engine's, for its first iteration."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """With params.prompt_logprobs: of the next prompt positions, from 1 on. All come before the first token of any choice."""
+    cached_tokens: int | None = None
+    """With the generation's first news: how many tokens of its prompt were found in a cache."""
 
 
 class Overloaded(Exception):

@@ -167,7 +167,7 @@ class Writer:
 
 def usage_of(run: Run) -> pb.Usage:
     """What was counted so far."""
-    return pb.Usage(prompt_tokens=run.prompt_tokens, completion_tokens=run.completion_tokens)
+    return pb.Usage(prompt_tokens=run.prompt_tokens, completion_tokens=run.completion_tokens, cached_tokens=run.cached_tokens)
 
 
 def model_of(card: Model) -> pb.Model:

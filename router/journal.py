@@ -8,6 +8,7 @@ Every delta names its attempt and the index of its first token. Only those of th
 was bound to, at the index the choice has reached, are let through: an engine that was cut off and still talks is not heard.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.protocol import (
@@ -61,6 +62,8 @@ class JournalConfig:
     """A request that was running each time when so many engines failed may be what makes them fail."""
     missing_s: float = 15.0
     """An engine that the scheduler has not named for so long is gone."""
+    names: Callable[[Sequence[int], str], bytes] | None = None
+    """Of a prompt's blocks, given its salt, where the scheduler places requests by their prefixes (kv/names.py)."""
 
 
 @dataclass
@@ -78,6 +81,8 @@ class _Entry:
     strikes: int = 0
     emitted: list[list[int]] = field(default_factory=list)
     finished: list[bool] = field(default_factory=list)
+    names: bytes = b""
+    """Of the prompt's blocks."""
     scored: int = 1
     """Prompt positions whose log-probabilities the reader has, the first included, which has none."""
 
@@ -114,11 +119,12 @@ class _Entry:
         if not tokens and not scores and finish is None:
             return None
         queued_s = None if self.begun or delta.queued_s is None else self.waited_s + delta.queued_s
+        cached = None if self.begun else delta.cached_tokens
         self.begun = True
         self.scored += len(scores)
         self.emitted[choice].extend(tokens)
         self.finished[choice] = over or finish is not None
-        return ChoiceDelta(choice, tokens, logprobs, finish, queued_s, scores)
+        return ChoiceDelta(choice, tokens, logprobs, finish, queued_s, scores, cached)
 
     def bound_to(self, engine: str, epoch: int) -> bool:
         return self.placement is not None and (self.placement.engine, self.placement.epoch) == (engine, epoch)
@@ -161,6 +167,8 @@ class Journal:
         n = generation.params.n
         entry = _Entry(generation, arrival, now + generation.timeout_s)
         entry.emitted, entry.finished = [[] for _ in range(n)], [False] * n
+        if self.config.names is not None:
+            entry.names = self.config.names(generation.prompt, generation.cache_salt)
         self._entries[generation.id] = entry
         self._place(entry, now)
 
@@ -308,6 +316,7 @@ class Journal:
             sequences=len(choices),
             arrival=entry.arrival,
             deadline_s=max(0.0, entry.deadline - now),
+            names=entry.names,
         )
         self._to_scheduler(place)
 

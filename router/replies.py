@@ -15,7 +15,7 @@ from router.errors import ApiError, as_api_error
 from router.formats import Format
 from router.offload import offloaded
 from router.prompt import Prompt
-from router.responses import Usage
+from router.responses import PromptTokensDetails, Usage
 from router.run import Run
 
 DONE = b"data: [DONE]\n\n"
@@ -39,7 +39,7 @@ class Reply(Response):
 
     def _usage(self) -> Usage:
         prompt, completion = self._run.prompt_tokens, self._run.completion_tokens
-        return Usage(prompt, completion, prompt + completion)
+        return Usage(prompt, completion, prompt + completion, PromptTokensDetails(self._run.cached_tokens))
 
     def _error(self, error: Exception) -> ApiError:
         return as_api_error(error, self._run.size_param)

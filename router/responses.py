@@ -20,10 +20,15 @@ PromptLogprobs = Raw | UnsetType
 the first token. Present only where the request set prompt_logprobs. It is long, so it is written once for all choices."""
 
 
+class PromptTokensDetails(Struct):
+    cached_tokens: int
+
+
 class Usage(Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CompletionLogprobs(Struct):

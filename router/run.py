@@ -52,6 +52,7 @@ class Run:
         ]
         self._last_token: list[float | None] = [None] * len(self._choices)
         self._begun: set[int] = set()
+        self._cached = [0] * len(job.generations)
         self._open = len(self._choices)
 
     @property
@@ -68,6 +69,11 @@ class Run:
     def prompt_tokens(self) -> int:
         """Tokens of all prompts, each counted once however many choices continue it."""
         return sum(len(generation.prompt) for generation in self._job.generations)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompt tokens, those whose KV was found in a cache."""
+        return sum(self._cached)
 
     @property
     def completion_tokens(self) -> int:
@@ -130,6 +136,8 @@ class Run:
             self._job.prompts[prompt].scores += delta.prompt_logprobs
             if delta.queued_s is not None:
                 self._metrics.queued(delta.queued_s)
+            if delta.cached_tokens is not None:
+                self._cached[prompt] = delta.cached_tokens
             if choice.finish is not None:
                 continue
             if delta.finish in ("cancelled", "error"):

@@ -20,7 +20,7 @@ from cluster.protocol import (
     WorkerReady,
 )
 
-BATCH = BatchConfig(num_blocks=17, max_model_len=64, block_size=4, max_num_seqs=4, max_num_batched_tokens=16)
+BATCH = BatchConfig(num_blocks=17, max_model_len=64, block_size=4, max_num_seqs=4, max_num_batched_tokens=16, prefix_cache="off")
 
 
 def request(

@@ -15,6 +15,8 @@ from cluster import engine as engines
 from cluster.config import BatchConfig
 from cluster.protocol import Ping, Pong, RouterHello, SamplingParams, StepPlan, WorkerReady
 from cluster.scheduler import GlobalScheduler, SchedulerConfig
+from kv.index import unpack
+from kv.names import BlockNames
 from router.generation import Generation
 from router.journal import Journal, JournalConfig
 from workers.fake import FakeStage, fake_output, fake_scores
@@ -37,6 +39,7 @@ class Client:
     """Log-probabilities of prompt positions 1, 2, ..."""
     error: Exception | None = None
     cancelled: bool = False
+    salt: str = ""
 
     @property
     def over(self) -> bool:
@@ -62,6 +65,7 @@ class Simulation:
         self.random = random.Random(seed)
         self.now = 0.0
         self.batch = batch
+        self.names = BlockNames("secret", batch.block_size)
         self.clients = {f"r{i}": client for i, client in enumerate(clients)}
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._counter = itertools.count()
@@ -98,20 +102,29 @@ class Simulation:
     def _start_scheduler(self) -> None:
         process = self.processes.setdefault("scheduler", Process("scheduler"))
         process.alive = True
-        config = SchedulerConfig(binding_timeout_s=3.0, silence_s=4.0, replace_s=12.0)
+        config = SchedulerConfig(
+            placement="prefix", block_size=self.batch.block_size, binding_timeout_s=3.0, silence_s=4.0, replace_s=12.0
+        )
         self.scheduler = GlobalScheduler(config, self.now)
         for name in self.engines:
             self.scheduler.expect(name, self.now)
 
     def _start_router(self, name: str) -> Journal:
         self.processes[name] = Process(name)
-        return Journal(JournalConfig(name, "scheduler", max_strikes=100))
+        return Journal(JournalConfig(name, "scheduler", max_strikes=100, names=self.names.of_prompt))
 
     def _start_engine(self, name: str) -> None:
         process = self.processes.setdefault(name, Process(name))
         process.alive = True
         config = engines.EngineConfig(
-            name, name, "scheduler", self.batch, num_ranks=self.batch.pp, step_timeout_s=STEP_TIMEOUT_S, load_timeout_s=10.0
+            name,
+            name,
+            "scheduler",
+            self.batch,
+            num_ranks=self.batch.pp,
+            step_timeout_s=STEP_TIMEOUT_S,
+            load_timeout_s=10.0,
+            names=self.names,
         )
         self.engines[name] = engines.Engine(config, next(self.epochs), self.now)
         self.flush()
@@ -298,7 +311,7 @@ class Simulation:
         client.finish = [None] * client.params.n
 
         def begin() -> None:
-            router.begin(Generation(id, client.prompt, client.params, client.timeout_s), self.now, self.now)
+            router.begin(Generation(id, client.prompt, client.params, client.timeout_s, client.salt), self.now, self.now)
             self.flush()
 
         def cancel() -> None:
@@ -369,3 +382,12 @@ class Simulation:
             assert not engine._requests, name
             assert self.scheduler._engines[name].report.credit == engine.batcher.capacity()
             assert not self.scheduler._engines[name].bindings
+            self._check_index(name)
+
+    def _check_index(self, name: str) -> None:
+        """The prefix index has just what the engine's tree has."""
+        tree = self.engines[name].batcher.kv.tree  # type: ignore[union-attr]
+        index = self.scheduler._prefixes.index
+        known = {block for node in tree.nodes() for block in unpack(bytes(node.names))} if tree is not None else set()
+        told = {block for shard in index._shards for block, mask in shard.items() if mask >> index._slots.get(name, 10**6) & 1}
+        assert told == known, name

@@ -1,7 +1,6 @@
 """The Batcher's policy on cases small enough to follow by hand, and its invariants under random driving."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from msgspec import structs
 from cluster.batcher import Batcher
 from cluster.config import Batching, Reservation
 from cluster.protocol import Credit, PromptScores, Request, StepPlan, TokenDelta
-from kv.manager import KVManager, NoPrefixCache, PrefixMatch
+from kv.manager import KVManager
 from tests.cluster.messages import BATCH, request, result
 from tests.cluster.test_batcher_invariants import check_ownership
 
@@ -76,7 +75,7 @@ def test_the_youngest_is_preempted_and_computed_again() -> None:
     b = batcher(num_blocks=7)
     for name in "ab":
         b.add(request(name, prompt=8, max_tokens=10), 0.0)
-    while not b.num_preemptions:
+    while not b.counters.preemptions:
         run(b)
     assert [s.request.id for s in b.running] == ["a"]
     assert [s.request.id for s in b.line.waiting] == ["b"]
@@ -93,7 +92,7 @@ def test_of_several_the_youngest_is_the_victim() -> None:
     b = batcher(num_blocks=10, max_num_batched_tokens=24)
     for name in "abc":
         b.add(request(name, prompt=8, max_tokens=16), 0.0)
-    while not b.num_preemptions:
+    while not b.counters.preemptions:
         run(b)
     assert [s.request.id for s in b.line.waiting] == ["c"]
 
@@ -109,7 +108,7 @@ def test_a_fork_waits_for_the_parents_prompt_to_be_computed_again() -> None:
     b = batcher(num_blocks=6, max_num_seqs=2, max_num_batched_tokens=32)
     b.add(request("old", prompt=8, max_tokens=8), 0.0)
     b.add(request("pair", prompt=6, max_tokens=6, n=2), 1.0)
-    while not b.num_preemptions:
+    while not b.counters.preemptions:
         run(b)
     assert [s.request.id for s in b.line.everyone()] == ["pair", "pair"]
     plan = run(b)
@@ -144,7 +143,7 @@ def test_under_pressure_no_victim_is_in_a_launched_plan() -> None:
         while len(b.in_flight) < 2 and b.schedule(0.0) is not None:
             check_ownership(b)
         b.update(result(b.in_flight[0].plan))
-    assert b.num_preemptions > 0
+    assert b.counters.preemptions > 0
 
 
 def test_a_cancelled_sequence_frees_its_blocks_when_its_plan_returns() -> None:
@@ -362,27 +361,14 @@ def test_nothing_is_drawn_where_only_the_prompt_is_asked_about(prompt: int, n: i
     assert b.kv.pool.num_used == 0
 
 
-class Counting(NoPrefixCache):
-    """Counts how often it is asked."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-
-    def match(self, tokens: Sequence[int], salt: str) -> PrefixMatch:
-        self.asked += 1
-        return PrefixMatch()
-
-
-def test_a_prompt_that_is_to_be_told_of_is_not_looked_up() -> None:
-    cache = Counting()
-    b = Batcher(BATCH, KVManager(BATCH, cache))
-    b.add(scoring(12), 0.0)
-    run(b)
-    assert cache.asked == 0
-    b.add(request("other"), 1.0)
-    b.add(structs.replace(scoring(12, scored=12), id="third"), 2.0)
-    run(b)
-    assert cache.asked == 2
+def test_a_prompt_that_is_to_be_told_of_is_computed_whole() -> None:
+    b = batcher(prefix_cache="on")
+    for number, scored in enumerate((1, 1, 12)):
+        b.add(structs.replace(scoring(12, scored=scored), id=f"r{number}"), float(number))
+        plan = step(b)
+        assert [(c.start, c.num_tokens) for c in plan.chunks] == ([(0, 12)] if scored < 12 else [(11, 1)])
+        b.update(result(plan))
+        b.cancel(f"r{number}")
 
 
 def test_a_result_must_tell_what_was_asked() -> None:

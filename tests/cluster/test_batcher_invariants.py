@@ -75,6 +75,7 @@ def rigs(draw: st.DrawFn) -> Rig:
         plans_in_flight=draw(st.sampled_from([None, None, 1, 3, 5])),
         batching=draw(st.sampled_from([*["continuous"] * 4, "static", "static-skip"])),
         reservation=draw(st.sampled_from([*["paged"] * 4, "max_tokens", "contiguous"])),
+        prefix_cache=draw(st.sampled_from(["on", "on", "off"])),
     )
     stages = [FakeStage(i, config.pp, config.num_blocks, config.block_size) for i in range(config.pp)]
     return Rig(Batcher(config, KVManager(config)), stages)
@@ -91,7 +92,9 @@ def test_invariants_of_every_plan(data: st.DataObject, rig: Rig) -> None:
             prompt = data.draw(st.integers(1, longest - 1))
             room = longest - prompt
             asked = request(f"r{now}", prompt, data.draw(st.integers(0, room)), n=data.draw(st.sampled_from([1, 1, 3])))
-            asked.prompt[:] = range(now, now + prompt)
+            start = data.draw(st.sampled_from([now, 0, 0]))  # of its own, or beginning like others
+            asked.prompt[:] = [*range(start, start + prompt - 1), data.draw(st.integers(0, 2))]
+            asked.cache_salt = data.draw(st.sampled_from(["", "", "x"]))
             asked.params.prompt_logprobs = data.draw(st.sampled_from([None, 0]))
             rig.asked[asked.id] = asked
             assert b.why_impossible(asked) is None
@@ -109,7 +112,7 @@ def test_invariants_of_every_plan(data: st.DataObject, rig: Rig) -> None:
             break
         rig.take()
     b.schedule(100.0)
-    assert (b.kv.pool.num_used, b.num_sequences, b.running, len(b.line)) == (0, 0, [], 0)
+    assert (b.kv.pool.num_held, b.kv.num_free, b.num_sequences, len(b.line)) == (0, b.config.num_blocks - 1, 0, 0)
 
 
 def checked_schedule(b: Batcher, now: float) -> StepPlan | None:

@@ -47,7 +47,7 @@ def test_preemption_changes_no_token(llm: LLM) -> None:
     tight = LLM(str(DEMO_MODEL), dtype="float32", threads=1, max_model_len=96, kv_memory=14 * 16 * 4096)
     prompts = [[i + 3] * 20 for i in range(6)]
     given = [c.outputs[0].token_ids for c in tight.generate(prompts, params, ignore_eos=True)]
-    assert tight.batcher.num_preemptions > 0
+    assert tight.batcher.counters.preemptions > 0
     assert given == [c.outputs[0].token_ids for c in llm.generate(prompts, params, ignore_eos=True)]
 
 

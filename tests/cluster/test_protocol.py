@@ -36,6 +36,8 @@ MESSAGES: list[Any] = [
     protocol.Refusal("r", 1, "queue_full", 2.0),
     protocol.RouterHello("router", [protocol.MetricSample("a", (("b", "c"),), 1.0)]),
     protocol.EngineDown("e", 2),
+    protocol.CacheChanges(engine="e", epoch=1, number=3, changes=[(True, b"12345678"), (False, b"")], whole=True),
+    protocol.CacheResync("e", 1),
     protocol.RouterDown("router"),
     protocol.PlaceAgain(),
     protocol.Stop(),

@@ -19,6 +19,10 @@ Step = list[ChoiceDelta] | Exception | Awaitable[Any]
 Script = Callable[[Generation], Iterable[Step]]
 
 
+NONE_CACHED = {"prompt_tokens_details": {"cached_tokens": 0}}
+"""Of a usage."""
+
+
 class FakeGenerator:
     """Plays a script: yields its lists, raises its exceptions, waits for its awaitables."""
 

@@ -7,7 +7,7 @@ import pytest
 
 from router.prepare import ServedModel
 from router.tokenizer import Tokenizer
-from tests.router.fakes import Api, Script, one_by_one, with_logprobs
+from tests.router.fakes import NONE_CACHED, Api, Script, one_by_one, with_logprobs
 
 PATH = "/v1/chat/completions"
 HELLO: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
@@ -67,6 +67,7 @@ def test_stream(tokenizer: Tokenizer, served: ServedModel) -> None:
         "prompt_tokens": prompt,
         "completion_tokens": 2 * len(tokens),
         "total_tokens": prompt + 2 * len(tokens),
+        **NONE_CACHED,
     }
     assert "prompt_token_ids" in chunks[0]
     assert not any("prompt_token_ids" in chunk for chunk in chunks[1:])

@@ -9,7 +9,7 @@ import pytest
 from router.generation import ChoiceDelta, Generation, Overloaded, TimedOut, TooLarge, Unavailable
 from router.prepare import ServedModel
 from router.tokenizer import Tokenizer
-from tests.router.fakes import Api, Script, Step, one_by_one, with_logprobs
+from tests.router.fakes import NONE_CACHED, Api, Script, Step, one_by_one, with_logprobs
 
 PATH = "/v1/completions"
 
@@ -38,6 +38,7 @@ def test_plain(tokenizer: Tokenizer, served: ServedModel) -> None:
         "prompt_tokens": len(prompt),
         "completion_tokens": generated,
         "total_tokens": len(prompt) + generated,
+        **NONE_CACHED,
     }
     assert (answer["object"], answer["model"]) == ("text_completion", "tiny")
     assert answer["id"].startswith("cmpl-")
@@ -94,7 +95,7 @@ def test_prompts_and_choices_are_numbered(tokenizer: Tokenizer, served: ServedMo
         else:
             answer = api.post(PATH, **body)
             choices = answer["choices"]
-            assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10}
+            assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10, **NONE_CACHED}
         assert [choice["index"] for choice in choices] == [0, 1, 2, 3, 4, 5]
         assert [choice["token_ids"] for choice in choices] == [[10], [11], [20], [21], [30], [31]]
         assert [choice["prompt_token_ids"] for choice in choices] == [[10], [10], [20], [20], [30, 31], [30, 31]]
@@ -344,3 +345,14 @@ def test_broken_bodies(tokenizer: Tokenizer, served: ServedModel, monkeypatch: p
     assert code(good, "text/plain") == code(good, "application/x-www-form-urlencoded") == (415, "unsupported_media_type")
     monkeypatch.setattr("router.api.MAX_BODY_BYTES", 10)
     assert code(good) == (413, "body_too_large")
+
+
+def test_cached_tokens_are_told_over_all_prompts(tokenizer: Tokenizer, served: ServedModel) -> None:
+    def script(generation: Generation) -> Iterator[Step]:
+        cached = generation.prompt[0] // 2
+        yield [ChoiceDelta(choice, [50], cached_tokens=cached if choice == 0 else None) for choice in range(2)]
+        yield [ChoiceDelta(choice, [51], [], "length") for choice in range(2)]
+
+    api = Api(tokenizer, served, script)
+    answer = api.post(PATH, prompt=[[8, 9], [6, 7]], n=2, max_tokens=2)
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 7}

@@ -79,7 +79,7 @@ def test_generate_streams_tokens_and_text(tokenizer: Tokenizer, served: ServedMo
         assert not own[0].logprobs
     assert len({event.id for event in events}) == 1
     prompt = len(tokenizer.encode_now("The fox", True))
-    assert [event.usage for event in events] == [None] * (len(events) - 1) + [Usage(prompt, 2 * (len(tokens) + 1))]
+    assert [event.usage for event in events] == [None] * (len(events) - 1) + [Usage(prompt, 2 * (len(tokens) + 1), 0)]
 
 
 def test_complete(tokenizer: Tokenizer, served: ServedModel) -> None:
@@ -97,7 +97,7 @@ def test_complete(tokenizer: Tokenizer, served: ServedModel) -> None:
     assert api.generator.finished_choices
     assert plain.outputs[0].logprobs == []
     assert plain.prompt_logprobs == []
-    assert plain.usage == Usage(2, len(plain.outputs[0].token_ids))
+    assert plain.usage == Usage(2, len(plain.outputs[0].token_ids), 0)
     assert api.generator.generations[1].prompt == [5, 6]
 
 

@@ -18,7 +18,7 @@ from router.prepare import ServedModel
 from router.prompt import echoed
 from router.tokenizer import Tokenizer
 from tests.router.conftest import CORPUS
-from tests.router.fakes import Api, Script, Step
+from tests.router.fakes import NONE_CACHED, Api, Script, Step
 
 PATH = "/v1/completions"
 LIKELY = {60: -0.25, 61: -1.5, 62: float("-inf")}
@@ -155,7 +155,7 @@ def test_scoring_without_echo_and_of_a_prompt_that_fills_the_context(tokenizer: 
     answer = api.post(PATH, prompt=[5] * 256, prompt_logprobs=0, max_tokens=0)
     (choice,) = answer["choices"]
     assert (choice["text"], choice["finish_reason"], len(choice["prompt_logprobs"])) == ("", "length", 256)
-    assert answer["usage"] == {"prompt_tokens": 256, "completion_tokens": 0, "total_tokens": 256}
+    assert answer["usage"] == {"prompt_tokens": 256, "completion_tokens": 0, "total_tokens": 256, **NONE_CACHED}
     (choice,) = api.post(PATH, prompt="alone", echo=True, max_tokens=0)["choices"]
     assert (choice["text"], choice["logprobs"]) == ("alone", None)
 

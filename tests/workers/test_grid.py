@@ -73,7 +73,7 @@ def answers(model: TinyModel, tp: int, pp: int) -> tuple[dict[tuple[str, int], l
     finally:
         ranks.close()
     assert most == pp
-    return found, batcher.num_preemptions
+    return found, batcher.counters.preemptions
 
 
 def tokens(deltas: list[TokenDelta]) -> list[int]:

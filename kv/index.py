@@ -1,0 +1,194 @@
+"""The cluster's prefix index: which engines have which blocks, as the union of their radix trees (names as in kv/names.py).
+
+A block's name stands for its whole prefix, and a tree that has a block has all blocks before it. So the radix tree over names needs
+no edges: one table from a name to the set of engines that have it, a set being the bits of an integer. Along a prompt the sets only
+shrink, so the places where they do are found by galloping; no step grows with the index.
+
+The table is cut into shards: none is large enough for its growth, or for the sweeping out of a dead engine's bits, to be felt.
+Answers may be stale; that costs speed, never correctness, since engines compare tokens.
+"""
+
+import itertools
+import struct
+from collections.abc import Iterator, Sequence
+
+from kv.names import NAME_BYTES
+
+_SHARDS = 1 << 12
+_SWEPT = 16
+"""Shards that one call of tick() looks through."""
+
+
+def unpack(names: bytes) -> tuple[int, ...]:
+    """Names, joined, as numbers."""
+    return struct.unpack(f"<{len(names) // NAME_BYTES}Q", names)
+
+
+class PrefixIndex:
+    """Feed it with put(), added(), removed() and tick(); ask overlap()."""
+
+    def __init__(self, max_blocks: int = 1 << 24, expected_s: float = 5.0) -> None:
+        """`max_blocks`: names kept, the least recently used go first. `expected_s`: how long at least an expectation counts."""
+        self._shards: list[dict[int, int]] = [{} for _ in range(_SHARDS)]
+        self._most = max(2, max_blocks // _SHARDS)
+        self._slots: dict[str, int] = {}
+        """The bit of each engine."""
+        self._engines: list[str | None] = []
+        """By bit."""
+        self._masks: list[int] = []
+        """1 << slot, each made once: most names are one engine's, and share it."""
+        self._alive = 0
+        self._dirty: dict[int, int] = {}
+        """Bits that are nobody's, but may still stand in the table: how many shards are left to be swept of them."""
+        self._sweeper = 0
+        self._expected: tuple[dict[int, int], dict[int, int]] = ({}, {})
+        """Names that an engine will have soon: those of now, and those of the period before."""
+        self._expected_s = expected_s
+        self._turned_at = 0.0
+
+    def __len__(self) -> int:
+        """Names in the table. Slow."""
+        return sum(map(len, self._shards))
+
+    # --- what engines have ------------------------------------------------------------------------------------------
+
+    def forget(self, engine: str) -> None:
+        """The engine has nothing any more. Its bit goes to another one when no name has it."""
+        slot = self._slots.pop(engine, None)
+        if slot is not None:
+            self._engines[slot] = None
+            self._alive &= ~self._masks[slot]
+            self._dirty[slot] = _SHARDS
+
+    def added(self, engine: str, names: bytes) -> None:
+        """The engine has these blocks, joined in the order of a prompt."""
+        bit = self._masks[self._slot(engine)]
+        shards, most, mask = self._shards, self._most, _SHARDS - 1
+        for name in reversed(unpack(names)):  # so that of one prompt the beginning goes last, without which the rest is not found
+            shard = shards[name & mask]
+            known = shard.get(name)
+            if known is None:
+                shard[name] = bit
+                if len(shard) > most:
+                    self._thin(name & mask)
+            elif not known & bit:
+                shard[name] = known | bit
+
+    def removed(self, engine: str, names: bytes) -> None:
+        """The engine has these blocks no more."""
+        slot = self._slots.get(engine)
+        if slot is None:
+            return
+        bit, shards = self._masks[slot], self._shards
+        for name in unpack(names):
+            shard = shards[name & (_SHARDS - 1)]
+            left = shard.get(name, 0) & ~bit
+            if left:
+                shard[name] = self._interned(left)
+            else:
+                shard.pop(name, None)
+
+    def expect(self, engine: str, names: Sequence[int], now: float) -> None:
+        """A request with these blocks is on its way to the engine: it will have them, unless it does not tell so soon."""
+        self._turn(now)
+        bit, expected = self._masks[self._slot(engine)], self._expected[0]
+        for name in names:
+            expected[name] = expected.get(name, 0) | bit
+
+    def tick(self, now: float) -> None:
+        """Forget old expectations, and sweep some more of the dead engines' bits out."""
+        self._turn(now)
+        if not self._dirty:
+            return
+        for _ in range(_SWEPT):
+            self._sweep(self._sweeper)
+            self._sweeper = (self._sweeper + 1) % _SHARDS
+        for slot in list(self._dirty):
+            self._dirty[slot] -= _SWEPT
+            if self._dirty[slot] <= 0:
+                del self._dirty[slot]
+
+    def _turn(self, now: float) -> None:
+        if now - self._turned_at >= self._expected_s:
+            self._turned_at = now
+            self._expected = ({}, self._expected[0])
+
+    def _slot(self, engine: str) -> int:
+        slot = self._slots.get(engine)
+        if slot is None:
+            free = (s for s, name in enumerate(self._engines) if name is None and s not in self._dirty)
+            slot = next(free, len(self._engines))
+            if slot == len(self._engines):
+                self._engines.append(None)
+                self._masks.append(1 << slot)
+            self._slots[engine], self._engines[slot] = slot, engine
+            self._alive |= self._masks[slot]
+        return slot
+
+    def _interned(self, mask: int) -> int:
+        return self._masks[mask.bit_length() - 1] if mask & (mask - 1) == 0 else mask
+
+    def _sweep(self, number: int) -> None:
+        alive, shard = self._alive, self._shards[number]
+        if any(mask & ~alive for mask in shard.values()):
+            self._shards[number] = {name: self._interned(left) for name, mask in shard.items() if (left := mask & alive)}
+
+    def _thin(self, number: int) -> None:
+        """Drop the names that were added or found the longest ago: a quarter of the shard."""
+        shard = self._shards[number]
+        self._shards[number] = dict(itertools.islice(shard.items(), len(shard) // 4, None))
+
+    # --- asking -----------------------------------------------------------------------------------------------------
+
+    def overlap(self, names: Sequence[int]) -> dict[str, int]:
+        """How many of a prompt's first blocks each engine has, or is expected to have soon. Engines without the first: left out."""
+        found: dict[str, int] = {}
+        depth, count = 0, len(names)
+        holders = self._holders(names[0]) if count else 0
+        while holders:
+            depth = self._reach(names, depth, holders)
+            left = self._holders(names[depth]) & holders if depth < count else 0
+            for slot in _bits(holders & ~left):
+                engine = self._engines[slot]
+                if engine is not None:
+                    found[engine] = depth
+            holders = left
+        self._touch(names[:depth])
+        return found
+
+    def _holders(self, name: int) -> int:
+        new, old = self._expected
+        known = self._shards[name & (_SHARDS - 1)].get(name, 0)
+        if new or old:
+            known |= new.get(name, 0) | old.get(name, 0)
+        return known & self._alive
+
+    def _reach(self, names: Sequence[int], depth: int, holders: int) -> int:
+        """The first place after `depth` whose block not all `holders`, who have the one at `depth`, have."""
+        step, count = 1, len(names)
+        low = depth
+        while low + step < count and self._holders(names[low + step]) & holders == holders:
+            low += step
+            step *= 2
+        high = min(low + step, count)
+        while low + 1 < high:
+            middle = (low + high) // 2
+            if self._holders(names[middle]) & holders == holders:
+                low = middle
+            else:
+                high = middle
+        return high
+
+    def _touch(self, names: Sequence[int]) -> None:
+        """These were found: they go later than others, where there is need."""
+        for name in reversed(names):
+            shard = self._shards[name & (_SHARDS - 1)]
+            if len(shard) * 2 > self._most and (mask := shard.pop(name, 0)):
+                shard[name] = mask
+
+
+def _bits(mask: int) -> Iterator[int]:
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low

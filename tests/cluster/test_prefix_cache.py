@@ -1,0 +1,76 @@
+"""The prefix cache on the demo model: whatever is shared, evicted or copied, the tokens are those without it."""
+
+import random
+from typing import Any
+
+import pytest
+
+from cluster.model import DEMO_MODEL
+from cluster.offline import LLM, Completion
+from cluster.protocol import SamplingParams
+
+
+def load(cache: str, **settings: Any) -> LLM:
+    return LLM(str(DEMO_MODEL), dtype="float32", threads=1, prefix_cache=cache, **{"kv_memory": "8MiB", **settings})
+
+
+def tokens(completions: list[Completion]) -> list[list[list[int]]]:
+    return [[output.token_ids for output in completion.outputs] for completion in completions]
+
+
+@pytest.mark.parametrize(("blocks", "tp", "pp"), [(400, 1, 1), (14, 1, 1), (40, 1, 2), (40, 2, 1)])
+def test_overlapping_prompts_give_the_same_tokens_with_and_without(blocks: int, tp: int, pp: int) -> None:
+    """Waves of prompts that begin alike, end inside blocks, come together or later, in chunks, with a pool that is too small."""
+    draw = random.Random(blocks)
+    stems = [draw.choices(range(3, 2000), k=length) for length in (70, 33, 16)]
+    prompts = []
+    for _ in range(24):
+        stem = draw.choice(stems)
+        prompts.append(stem[: draw.randint(1, len(stem))] + draw.choices(range(3, 6), k=draw.randint(0, 20)))
+    params = [
+        SamplingParams(
+            temperature=draw.choice([0.0, 0.9]), seed=draw.randrange(9), max_tokens=draw.randint(1, 20), n=draw.choice([1, 1, 3])
+        )
+        for _ in prompts
+    ]
+    found = []
+    for cache in ("on", "off"):
+        sizes = {"kv_memory": blocks * 16 * 4096, "max_model_len": 128, "max_num_batched_tokens": 48, "max_num_seqs": 12}
+        with load(cache, tp=tp, pp=pp, **sizes) as llm:
+            waves = [llm.generate(prompts[:12], params[:12], ignore_eos=True), llm.generate(prompts, params, ignore_eos=True)]
+            found.append([tokens(wave) for wave in waves])
+            llm.batcher.check_integrity()
+            assert llm.stats().blocks_used == 0
+            assert (llm.batcher.counters.cached > 100) == (cache == "on")
+    assert found[0] == found[1]
+
+
+def test_what_was_answered_is_found_by_the_next_turn() -> None:
+    llm = load("on")
+    prompt = list(range(3, 50))
+    answer = llm.generate([prompt], SamplingParams(seed=1, max_tokens=40), ignore_eos=True)[0].outputs[0].token_ids
+    before = llm.batcher.counters.cached
+    llm.generate([[*prompt, *answer, 7, 8, 9]], SamplingParams(max_tokens=1))
+    whole = (len(prompt) + len(answer) - 1) // 16 * 16  # the last token drawn was never computed
+    assert llm.batcher.counters.cached - before == whole
+
+
+def test_a_match_that_ends_inside_a_block_is_used_to_the_token() -> None:
+    llm = load("on")
+    llm.generate([list(range(3, 103))], SamplingParams(max_tokens=1))
+    before = llm.batcher.counters.cached
+    llm.generate([[*range(3, 63), 999, 998]], SamplingParams(max_tokens=1))
+    assert llm.batcher.counters.cached - before == 60
+
+
+def test_choices_take_little_more_than_one() -> None:
+    """n = 8 on a prompt of 512 tokens: the KV at the first token, against n = 1."""
+    used = {}
+    for n in (1, 8):
+        llm = load("on", kv_memory="16MiB")
+        params = SamplingParams(seed=5, max_tokens=2, n=n)
+        most = 0
+        for _ in llm.stream(list(range(3, 515)), params):
+            most = max(most, llm.stats().slots_allocated)
+        used[n] = most
+    assert used[8] < 1.3 * used[1]

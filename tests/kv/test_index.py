@@ -1,0 +1,114 @@
+"""The prefix index against one set of names for each engine."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kv.index import PrefixIndex, unpack
+from kv.names import NAME_BYTES, BlockNames, pack
+
+ENGINES = ["a", "b", "c", "d"]
+
+
+def chain(tokens: list[int]) -> bytes:
+    return BlockNames("secret", 1).of(pack(tokens))
+
+
+def brute(trees: dict[str, set[tuple[int, ...]]], tokens: list[int]) -> dict[str, int]:
+    found = {}
+    for engine, tree in trees.items():
+        depth = 0
+        while depth < len(tokens) and tuple(tokens[: depth + 1]) in tree:
+            depth += 1
+        if depth:
+            found[engine] = depth
+    return found
+
+
+@given(st.data())
+def test_overlap_is_what_each_tree_has(data: st.DataObject) -> None:
+    """Trees that grow by prompts and lose tails, engines that die and come back, asked at any time."""
+    index = PrefixIndex()
+    trees: dict[str, set[tuple[int, ...]]] = {}
+    tokens = st.lists(st.integers(0, 1), max_size=9)
+    for now in range(data.draw(st.integers(0, 25))):
+        engine = data.draw(st.sampled_from(ENGINES))
+        action = data.draw(st.sampled_from(["grow", "grow", "shrink", "die", "tick", "ask"]))
+        if action == "grow":
+            prompt = data.draw(tokens)
+            tree = trees.setdefault(engine, set())
+            known = brute({"": tree}, prompt).get("", 0)
+            index.added(engine, chain(prompt)[known * NAME_BYTES :])
+            tree |= {tuple(prompt[:end]) for end in range(1, len(prompt) + 1)}
+        elif action == "shrink" and trees.get(engine):
+            leaves = [p for p in sorted(trees[engine]) if not any(q[:-1] == p for q in trees[engine])]
+            leaf = data.draw(st.sampled_from(leaves))
+            index.removed(engine, chain(list(leaf))[-NAME_BYTES:])
+            trees[engine].remove(leaf)
+        elif action == "die":
+            index.forget(engine)
+            trees.pop(engine, None)
+        elif action == "tick":
+            for _ in range(data.draw(st.sampled_from([1, 300]))):
+                index.tick(float(now))
+        prompt = data.draw(tokens)
+        assert index.overlap(unpack(chain(prompt))) == brute(trees, prompt)
+    for _ in range(300):
+        index.tick(0.0)
+    assert len(index) == len({p for tree in trees.values() for p in tree}), "nothing is left of the dead"
+
+
+def test_a_dead_engines_place_is_not_taken_before_it_is_swept() -> None:
+    index = PrefixIndex()
+    index.added("a", chain([1, 2, 3]))
+    index.forget("a")
+    index.added("b", chain([9]))
+    assert index.overlap(unpack(chain([1, 2, 3]))) == {}
+    for _ in range(256):
+        index.tick(0.0)
+    index.added("c", chain([8]))
+    assert index.overlap(unpack(chain([1, 2, 3]))) == {}
+    assert index.overlap(unpack(chain([8]))) == {"c": 1}
+
+
+def test_what_is_expected_counts_for_a_while() -> None:
+    index = PrefixIndex(expected_s=5.0)
+    names = unpack(chain([1, 2, 3]))
+    index.expect("a", names, 100.0)
+    assert index.overlap(names) == {"a": 3}
+    index.added("a", chain([1]))
+    index.tick(104.0)
+    assert index.overlap(names) == {"a": 3}
+    index.tick(105.0)
+    index.tick(110.0)
+    assert index.overlap(names) == {"a": 1}
+
+
+def test_an_expectation_dies_with_its_engine() -> None:
+    index = PrefixIndex()
+    names = unpack(chain([1]))
+    index.expect("a", names, 0.0)
+    index.forget("a")
+    assert index.overlap(names) == {}
+
+
+def test_the_longest_unused_names_go_first_and_beginnings_last() -> None:
+    index = PrefixIndex(max_blocks=4096 * 4)
+    used, others = list(range(1000)), [list(range(n, n + 1000)) for n in range(1000, 60000, 1000)]
+    index.added("a", chain(used))
+    for prompt in others:
+        index.added("a", chain(prompt))
+        assert index.overlap(unpack(chain(used)))["a"] > 800, "but for shards that happen to be crowded"
+    assert len(index) <= 4096 * 4
+    assert sum(index.overlap(unpack(chain(prompt))).get("a", 0) for prompt in others[:10]) < 1000
+
+
+@pytest.mark.parametrize("salt", ["", "x"])
+def test_names_follow_from_the_whole_prefix(salt: str) -> None:
+    names, key = BlockNames("secret", 2), pack([1, 2, 3, 4, 5])
+    whole = names.of(key, salt)
+    assert len(whole) == 2 * NAME_BYTES
+    assert names.of(key[8:], salt, whole[:NAME_BYTES]) == whole[NAME_BYTES:]
+    assert names.of(pack([1, 2]), salt) == whole[:NAME_BYTES]
+    others = [BlockNames("other", 2).of(key, salt), names.of(key, salt + "y"), names.of(pack([9, 2, 3, 4]), salt)]
+    assert len({whole[-NAME_BYTES:], *(other[-NAME_BYTES:] for other in others)}) == 4
