@@ -62,7 +62,15 @@ class Served:
 
     job: Job
     tokens: list[int] = field(default_factory=list)
+    first_s: float | None = None
+    """When its first token was drawn."""
     finish_s: float | None = None
+
+    @property
+    def ttft_s(self) -> float:
+        """Seconds from arrival to the first token."""
+        assert self.first_s is not None, "no token yet"
+        return self.first_s - self.job.arrival_s
 
     @property
     def normalized_latency(self) -> float:
@@ -184,6 +192,7 @@ class Drive:
         for delta in deltas:
             served = self.served[int(delta.request)]
             served.tokens += delta.tokens
+            served.first_s = self.now if served.first_s is None and delta.tokens else served.first_s
             if len(served.tokens) == served.job.output_tokens:
                 self._unanswered.append(served)
                 if delta.finish is None:

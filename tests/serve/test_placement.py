@@ -62,6 +62,21 @@ def test_two_engines_share_the_requests(nodes: Nodes, pair: Server) -> None:
     assert len(left["workers"]) == 2
 
 
+def test_requests_that_begin_alike_go_where_their_kv_is(nodes: Nodes, pair: Server) -> None:
+    """One after the other: whoever computed a stem has it, and is asked for it again."""
+    stems = [[7 + number] * 80 for number in range(4)]
+    cached = []
+    for turn in range(3):
+        for stem in stems:
+            prompt = [*stem, 300 + turn]
+            answer = pair.client.completions.create(model="demo", prompt=prompt, max_tokens=4, temperature=0)
+            assert answer.usage is not None
+            assert answer.usage.prompt_tokens_details is not None
+            cached.append(answer.usage.prompt_tokens_details.cached_tokens)
+    assert cached == [0] * 4 + [80] * 8
+    pair.wait_for_at_least("vllm:prefix_cache_hits_total", 640)
+
+
 def iterations(server: Server) -> dict[str, float]:
     lines = server.request("/metrics")[2].decode().splitlines()
     found = [line for line in lines if line.startswith("rayline:iterations_total{")]
