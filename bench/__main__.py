@@ -2,9 +2,9 @@
 
     python -m bench [--model DIR] [--trace FILE] [--out DIR]
 
-Offline against transformers, batching policies with peers, Poisson arrivals, slot occupancy over whole traces, KV waste; defaults
-are for the demo model on two cores. Each is a command by itself with more options: bench.offline, bench.batching, bench.arrivals,
-bench.occupancy, bench.waste.
+Offline against transformers, batching policies with peers, Poisson arrivals, slot occupancy over whole traces, KV waste, the
+prefix cache; defaults are for the demo model on two cores. Each is a command by itself with more options: bench.offline,
+bench.batching, bench.arrivals, bench.occupancy, bench.waste, bench.prefix.
 """
 
 import shlex
@@ -29,6 +29,7 @@ def commands(arguments: Namespace) -> list[list[str]]:
         ["bench.arrivals", model, *trace, *out],
         ["bench.occupancy", *whole, *out],
         ["bench.waste", *trace, *out],
+        ["bench.prefix", model, *out],
     ]
 
 

@@ -17,9 +17,12 @@ Device = Literal["auto", "cpu", "cuda"]
 Batching = Literal["continuous", "static", "static-skip"]
 Reservation = Literal["paged", "max_tokens", "contiguous"]
 PrefixCache = Literal["on", "off"]
+PrefixSharing = Literal["all", "api_key"]
 PlacementPolicy = Literal["prefix", "least_loaded", "round_robin"]
 
-_EDGE = frozenset(("name", "route_prefix", "host", "port", "grpc_port", "routers", "served_model_name", "request_timeout_s"))
+_EDGE = frozenset(
+    ("name", "route_prefix", "host", "port", "grpc_port", "routers", "served_model_name", "request_timeout_s", "prefix_sharing")
+)
 """Settings that only routers and Serve work by."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -114,6 +117,9 @@ class Config:
     reservation: Reservation = "paged"
     prefix_cache: PrefixCache = "on"
     """Whether KV outlives its sequences, to be shared by later ones that begin with the same tokens."""
+    prefix_sharing: PrefixSharing = "all"
+    """Who shares cached prefixes: all requests of one cache_salt, or of these only those with one API key (the header, or gRPC
+    metadata, `authorization`), so that nobody learns from the time an answer takes what another tenant has asked."""
     threads: int | None = None
     """CPU threads of one worker. Default: the cores there are, shared among this node's workers."""
     placement: PlacementPolicy = "prefix"

@@ -47,7 +47,9 @@ def build_api(generator: Generator, tokenizer: Tokenizer, model: ServedModel, me
     async def completions(request: Request) -> Response:
         asked = parse(CompletionRequest, await _body(request))
         id = new_id("cmpl")
-        run = Run(await preparer.completion(asked, id), generator, tokenizer.vocabulary, metrics)
+        run = Run(
+            await preparer.completion(asked, id, request.headers.get("authorization", "")), generator, tokenizer.vocabulary, metrics
+        )
         shown = Shown(asked.logprobs, asked.prompt_logprobs, asked.return_token_ids, asked.include_usage, asked.echo)
         return reply(run, CompletionFormat(id, int(time.time()), model.name, tokenizer.vocabulary, shown), asked)
 
@@ -55,7 +57,9 @@ def build_api(generator: Generator, tokenizer: Tokenizer, model: ServedModel, me
     async def chat_completions(request: Request) -> Response:
         asked = parse(ChatRequest, await _body(request))
         id = new_id("chatcmpl")
-        run = Run(await preparer.chat(asked, id), generator, tokenizer.vocabulary, metrics)
+        run = Run(
+            await preparer.chat(asked, id, request.headers.get("authorization", "")), generator, tokenizer.vocabulary, metrics
+        )
         shown = Shown(asked.alternatives, asked.prompt_logprobs, asked.return_token_ids, asked.include_usage)
         return reply(run, ChatFormat(id, int(time.time()), model.name, tokenizer.vocabulary, shown), asked)
 

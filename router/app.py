@@ -79,6 +79,7 @@ class Router:
             eos_token_ids=self._files.eos_token_ids,
             timeout_s=config.request_timeout_s,
             root=config.model,
+            apart_by_key=config.prefix_sharing == "api_key",
         )
         self._inference = InferenceService(self._dispatcher, self._tokenizer, model, self._metrics)
         self._health = HealthService(self._dispatcher, model)
@@ -89,12 +90,14 @@ class Router:
     async def Generate(
         self, request: pb.GenerationRequest, grpc_context: RayServegRPCContext
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        async with aclosing(streamed(self._inference.generate(request), pb.GenerateResponse, grpc_context)) as responses:
+        async with aclosing(
+            streamed(self._inference.generate(request, grpc_context), pb.GenerateResponse, grpc_context)
+        ) as responses:
             async for response in responses:
                 yield response
 
     async def Complete(self, request: pb.GenerationRequest, grpc_context: RayServegRPCContext) -> pb.CompleteResponse:
-        return await answered(self._inference.complete(request), pb.CompleteResponse, grpc_context)
+        return await answered(self._inference.complete(request, grpc_context), pb.CompleteResponse, grpc_context)
 
     async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: RayServegRPCContext) -> pb.TokenizeResponse:
         return await answered(self._inference.tokenize(request), pb.TokenizeResponse, grpc_context)

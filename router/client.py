@@ -77,16 +77,18 @@ class _Connected:
         application: str = "rayline",
         timeout_s: float | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: str | None = None,
     ) -> None:
         """`target`: host:port. `application`: the Serve application's name. `timeout_s`: of calls that name none; None: no limit
-        but the server's. `credentials`: for TLS."""
+        but the server's. `credentials`: for TLS. `api_key`: sent as `authorization: Bearer ...`."""
         if credentials is None:
             self._channel = self._grpc.insecure_channel(target, _OPTIONS)
         else:
             self._channel = self._grpc.secure_channel(target, credentials, _OPTIONS)
         self._stub = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout_s = timeout_s
-        self._metadata = (("application", application),)
+        key = (("authorization", f"Bearer {api_key}"),) if api_key is not None else ()
+        self._metadata = (("application", application), *key)
 
 
 class Client(_Connected):

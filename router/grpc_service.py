@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import AsyncGenerator, Awaitable, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -45,7 +45,9 @@ _Answer = TypeVar("_Answer")
 
 
 class Context(Protocol):
-    """What a refusal needs of a call's context; Serve's has it."""
+    """What is needed of a call's context; Serve's has it."""
+
+    def invocation_metadata(self) -> Any: ...
 
     def set_code(self, code: grpc.StatusCode) -> None: ...
 
@@ -111,12 +113,12 @@ class InferenceService:
         self._preparer = Preparer(model, tokenizer, self._overview.context)
 
     async def generate(
-        self, request: pb.GenerationRequest, remaining_s: float | None = None
+        self, request: pb.GenerationRequest, context: Context, remaining_s: float | None = None
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """One message a step; closing it cancels the generation. `remaining_s`: seconds to the call's deadline, where they are
         known (Serve keeps them to itself, and cancels the call)."""
         with _refusing():
-            id, run, writer = await self._begin(request, remaining_s, streamed=True)
+            id, run, writer = await self._begin(request, context, remaining_s, streamed=True)
         with _refusing(run.size_param):
             async with aclosing(run.increments()) as increments:
                 async for news in increments:
@@ -126,24 +128,29 @@ class InferenceService:
                     if response.outputs:
                         yield response
 
-    async def complete(self, request: pb.GenerationRequest, remaining_s: float | None = None) -> pb.CompleteResponse:
+    async def complete(
+        self, request: pb.GenerationRequest, context: Context, remaining_s: float | None = None
+    ) -> pb.CompleteResponse:
         """All of it at once; cancelling it cancels the generation."""
         with _refusing():
-            id, run, writer = await self._begin(request, remaining_s, streamed=False)
+            id, run, writer = await self._begin(request, context, remaining_s, streamed=False)
         with _refusing(run.size_param):
             outputs = await run.outputs()
             size = writer.size(enumerate(gained for _, gained in outputs)) + len(outputs[0][0].scores)
             return await offloaded(size, writer.whole, id, self._model.name, outputs, usage_of(run))
 
-    async def _begin(self, request: pb.GenerationRequest, remaining_s: float | None, *, streamed: bool) -> tuple[str, Run, Writer]:
+    async def _begin(
+        self, request: pb.GenerationRequest, context: Context, remaining_s: float | None, *, streamed: bool
+    ) -> tuple[str, Run, Writer]:
         _check_size(request)
         timeout_s = timeout_of(request, remaining_s, self._model.timeout_s)
         asked = generation_request(request, streamed=streamed)
         id = new_id("grpc")
+        authorization = str(dict(context.invocation_metadata() or ()).get("authorization", ""))
         if isinstance(asked, ChatRequest):
-            job, logprobs = await self._preparer.chat(asked, id), asked.alternatives
+            job, logprobs = await self._preparer.chat(asked, id, authorization), asked.alternatives
         else:
-            job, logprobs = await self._preparer.completion(asked, id), asked.logprobs
+            job, logprobs = await self._preparer.completion(asked, id, authorization), asked.logprobs
         limited = [dataclasses.replace(generation, timeout_s=timeout_s) for generation in job.generations]
         job = dataclasses.replace(job, generations=limited)
         vocabulary = self._tokenizer.vocabulary

@@ -1,5 +1,6 @@
 """From a checked request to a job: tokenize, and check all that needs the model to be known."""
 
+import hashlib
 import secrets
 import time
 from collections.abc import Callable
@@ -51,6 +52,8 @@ class ServedModel:
     """How long a request may take."""
     root: str = ""
     """What the model was loaded from, as /v1/models tells it."""
+    apart_by_key: bool = False
+    """Cached prefixes are shared only among requests of one API key."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix time."""
 
@@ -66,11 +69,12 @@ class Preparer:
         eos = {*model.eos_token_ids, *(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,))}
         self._eos = tuple(sorted(eos))
 
-    async def completion(self, request: CompletionRequest, request_id: str) -> Job:
-        """The job of a /v1/completions request: one generation per prompt."""
+    async def completion(self, request: CompletionRequest, request_id: str, authorization: str = "") -> Job:
+        """The job of a /v1/completions request: one generation per prompt. `authorization`: the header's value."""
         self._check_model(request.model)
         prompts = await offloaded(sum(map(len, request.prompt)), self._prompts, request, self._context())
-        return self._job(request, request_id, prompts, "prompt", DEFAULT_COMPLETION_TOKENS, request.logprobs)
+        salt = self._salt(request, authorization)
+        return self._job(request, request_id, salt, prompts, "prompt", DEFAULT_COMPLETION_TOKENS, request.logprobs)
 
     def _prompts(self, request: CompletionRequest, limit: int) -> list[Prompt]:
         """What can't fit is refused before any of them is encoded, or read."""
@@ -94,11 +98,18 @@ class Preparer:
             return Prompt(prompt)
         return echoed(self._tokenizer.vocabulary, prompt, show_special=not request.skip_special_tokens)
 
-    async def chat(self, request: ChatRequest, request_id: str) -> Job:
-        """The job of a /v1/chat/completions request."""
+    async def chat(self, request: ChatRequest, request_id: str, authorization: str = "") -> Job:
+        """The job of a /v1/chat/completions request. `authorization`: the header's value."""
         self._check_model(request.model)
         prompt = Prompt(await offloaded(_size(request.messages), self._spoken, request, self._context()))
-        return self._job(request, request_id, [prompt], "messages", None, request.alternatives)
+        salt = self._salt(request, authorization)
+        return self._job(request, request_id, salt, [prompt], "messages", None, request.alternatives)
+
+    def _salt(self, request: GenerationRequest, authorization: str) -> str:
+        """Of the cached prefixes. Keys themselves go no further than here."""
+        if not self._model.apart_by_key:
+            return request.cache_salt
+        return f"{hashlib.sha256(authorization.encode()).hexdigest()}:{request.cache_salt}"
 
     def _spoken(self, request: ChatRequest, limit: int) -> list[int]:
         text = self._rendered(request.messages, request.add_generation_prompt, request.chat_template_kwargs)
@@ -142,6 +153,7 @@ class Preparer:
         self,
         request: GenerationRequest,
         request_id: str,
+        cache_salt: str,
         prompts: list[Prompt],
         prompt_param: str,
         default_tokens: int | None,
@@ -159,7 +171,7 @@ class Preparer:
                     request, self._max_tokens(len(prompt.tokens), prompt_param, size_param, asked, default_tokens), logprobs
                 ),
                 timeout_s=self._model.timeout_s,
-                cache_salt=request.cache_salt,
+                cache_salt=cache_salt,
             )
             for number, prompt in enumerate(prompts)
         ]

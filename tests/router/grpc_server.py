@@ -28,13 +28,13 @@ class _Inference:
         self._service = service
 
     async def Generate(self, request: Any, context: Any) -> Any:
-        responses = streamed(self._service.generate(request, context.time_remaining()), pb.GenerateResponse, context)
+        responses = streamed(self._service.generate(request, context, context.time_remaining()), pb.GenerateResponse, context)
         async with aclosing(responses):
             async for response in responses:
                 yield response
 
     async def Complete(self, request: Any, context: Any) -> Any:
-        return await answered(self._service.complete(request, context.time_remaining()), pb.CompleteResponse, context)
+        return await answered(self._service.complete(request, context, context.time_remaining()), pb.CompleteResponse, context)
 
     async def Tokenize(self, request: Any, context: Any) -> Any:
         return await answered(self._service.tokenize(request), pb.TokenizeResponse, context)

@@ -1,6 +1,7 @@
 """/v1/completions, in process."""
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -356,3 +357,19 @@ def test_cached_tokens_are_told_over_all_prompts(tokenizer: Tokenizer, served: S
     api = Api(tokenizer, served, script)
     answer = api.post(PATH, prompt=[[8, 9], [6, 7]], n=2, max_tokens=2)
     assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 7}
+
+
+def test_prefixes_are_kept_apart_by_api_key_where_that_is_asked(tokenizer: Tokenizer, served: ServedModel) -> None:
+    def salts(model: ServedModel) -> list[str]:
+        api = Api(tokenizer, model, lambda _: one_by_one([50]))
+        for key, salt in (("Bearer a", ""), ("Bearer a", ""), ("Bearer b", ""), ("Bearer a", "mine"), ("", "")):
+            headers = {"authorization": key} if key else {}
+            assert api.request("POST", PATH, json={"prompt": [5, 6], "cache_salt": salt}, headers=headers).status_code == 200
+        return [generation.cache_salt for generation in api.generator.generations]
+
+    shared = salts(served)
+    assert shared == ["", "", "", "mine", ""]
+    apart = salts(dataclasses.replace(served, apart_by_key=True))
+    assert apart[0] == apart[1]
+    assert len(set(apart)) == 4
+    assert not any("Bearer" in salt for salt in apart)

@@ -1,6 +1,7 @@
 """The gRPC services and the client for them, on a plain grpc.aio server."""
 
 import asyncio
+import dataclasses
 import math
 import subprocess
 import sys
@@ -412,3 +413,17 @@ def test_the_client_needs_nothing_of_the_server() -> None:
     script = "import sys, router.client\nprint(*sorted({n.partition('.')[0] for n in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert not {"torch", "ray", "fastapi", "pydantic", "msgspec", "tokenizers", "cluster"} & set(done.stdout.split())
+
+
+def test_prefixes_are_kept_apart_by_api_key_as_over_http(tokenizer: Tokenizer, served: ServedModel) -> None:
+    apart = dataclasses.replace(served, apart_by_key=True)
+    api, http = GrpcApi(tokenizer, apart, lambda _: one_by_one([50])), Api(tokenizer, apart, lambda _: one_by_one([50]))
+    with api.serving() as target:
+        for key in ("a", "b", None):
+            with Client(target, timeout_s=PATIENCE_S, api_key=key) as client:
+                client.complete([5, 6])
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            http.request("POST", "/v1/completions", json={"prompt": [5, 6]}, headers=headers)
+    ours, theirs = ([g.cache_salt for g in made.generator.generations] for made in (api, http))
+    assert ours == theirs
+    assert len(set(ours)) == 3
