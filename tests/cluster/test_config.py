@@ -115,3 +115,17 @@ def test_the_digest_is_of_what_engines_work_by() -> None:
 def test_names_that_serve_would_not_take(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is '{value}'"):
         from_mapping({"model": "m", name: value})
+
+
+@pytest.mark.parametrize(("value", "read"), [(True, "on"), (False, "off"), ("on", "on"), ("off", "off")])
+def test_on_and_off_are_read_as_yaml_reads_them(value: object, read: str) -> None:
+    assert from_mapping({"model": "m", "prefix_cache": value}).prefix_cache == read
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_other_words_than_on_and_off_are_mistakes(value: object) -> None:
+    if value is None:
+        assert from_mapping({"model": "m", "prefix_cache": value}).prefix_cache == "on"
+        return
+    with pytest.raises(ConfigError, match="prefix_cache"):
+        from_mapping({"model": "m", "prefix_cache": value})
