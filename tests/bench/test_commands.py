@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import __main__ as whole
-from bench import arrivals, batching, channel, occupancy, offline, options, waste
+from bench import arrivals, batching, channel, occupancy, offline, options, prefix, waste
 from bench.contenders import Contender, continuous_generate, rayline, static_generate
 from bench.peers import PeerError
 from bench.report import Report, cpu_ticks, render, steal_share
@@ -123,6 +123,15 @@ def test_arrivals_refuses_cpu_time_of_several_threads(capsys: pytest.CaptureFixt
     assert "--clock wall" in capsys.readouterr().err
 
 
+def test_prefix(tmp_path: Path) -> None:
+    assert prefix.main([DEMO, "--requests", "6", "--repetitions", "2", "--out", str(tmp_path)]) == 0
+    tables = json.loads((tmp_path / "prefix.json").read_text())["tables"]
+    shared, apart, choices = tables.values()
+    assert [row["cache"] for row in shared] == [row["cache"] for row in apart] == ["off", "on"]
+    assert shared[1]["times"] > 1
+    assert (choices[1]["n"], choices[1]["times n = 1"]) == (8, 1.25)
+
+
 def test_waste(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     rows = [f"2023-11-16 18:15:{i:02}.0,{100 + i},{1 + 7 * i}" for i in range(40)]
@@ -181,11 +190,16 @@ def test_the_set_hands_its_options_on() -> None:
     parser = options.parser(None)
     parser.add_argument("--model")
     parser.add_argument("--trace")
-    names = ["bench.offline", "bench.batching", "bench.arrivals", "bench.occupancy", "bench.waste"]
+    names = ["bench.offline", "bench.batching", "bench.arrivals", "bench.occupancy", "bench.waste", "bench.prefix"]
     commands = whole.commands(parser.parse_args(["--model", "M", "--trace", "T", "--out", "O"]))
     assert [words[0] for words in commands] == names
     assert all(words[-2:] == ["--out", "O"] for words in commands)
-    assert [("T" in words, "M" in words) for words in commands] == [(False, True), *[(True, True)] * 2, *[(True, False)] * 2]
+    assert [("T" in words, "M" in words) for words in commands] == [
+        (False, True),
+        *[(True, True)] * 2,
+        *[(True, False)] * 2,
+        (False, True),
+    ]
     assert [words[0] for words in commands if "--spread" in words] == ["bench.batching", "bench.arrivals", "bench.waste"]
 
 
