@@ -124,7 +124,7 @@ def test_arrivals_refuses_cpu_time_of_several_threads(capsys: pytest.CaptureFixt
 
 
 def test_prefix(tmp_path: Path) -> None:
-    assert prefix.main([DEMO, "--requests", "6", "--repetitions", "2", "--out", str(tmp_path)]) == 0
+    assert prefix.main([DEMO, "--requests", "3", "--repetitions", "1", "--out", str(tmp_path)]) == 0
     tables = json.loads((tmp_path / "prefix.json").read_text())["tables"]
     shared, apart, choices = tables.values()
     assert [row["cache"] for row in shared] == [row["cache"] for row in apart] == ["off", "on"]
