@@ -107,7 +107,8 @@ class Sides:
         draw = np.random.default_rng(1)
         shapes = [Shape(int(draw.integers(32, 257)), int(draw.integers(16, 129))) for _ in range(self._requests)]
         block = BatchConfig.block_size
-        num_blocks = 1 + sum(-(-shape.total // block) for shape in shapes) // 2
+        sizes = [-(-shape.total // block) for shape in shapes]
+        num_blocks = 1 + max(sum(sizes) // 2, 2 * max(sizes))
         limits = {"num_blocks": num_blocks, "max_num_seqs": max(1, self._requests // 4)}
         seconds: dict[Cache, list[float]] = {"on": [], "off": []}
         ttft: dict[Cache, list[float]] = {"on": [], "off": []}
