@@ -2,8 +2,8 @@
 
     python -m bench.trees [--blocks 1000000] [--engines 1000] [--index-blocks 10000000] [--out DIR]
 
-The tree: requests of 1,000 to 4,000 tokens, conversations that go on below a few system prompts, until it has --blocks blocks. At each
-power of ten its operations are timed one at a time:
+The tree: requests of 1,000 to 4,000 tokens, conversations that go on below a few system prompts, until it has --blocks blocks. At
+each power of ten its operations are timed one at a time:
 
     match, known        a prompt that the tree has
     match, new          a new question below a known system prompt
@@ -12,15 +12,15 @@ power of ten its operations are timed one at a time:
     insert              a new question's blocks
     evict               as many blocks as that took
 
-The index: --engines engines with --index-blocks blocks in all. Each has one system prompt of 100 blocks that all have, stems that about
-one engine of eight has, and blocks of its own. It is asked for prompts of 12,000 and 128,000 tokens (750 and 8,000 blocks):
+The index: --engines engines with --index-blocks blocks in all. Each has one system prompt of 100 blocks that all have, stems that
+about one engine of eight has, and blocks of its own. It is asked for prompts of 12,000 and 128,000 tokens (750 and 8,000 blocks):
 
     one has all         one engine has the prompt, no other one has any of it
     all have 100        the same behind the system prompt
     none has any        nobody knows it
 
-Placement: the time from a router's Place to the Placement in the outbox of a real GlobalScheduler whose engines are all in the middle
-of their work.
+Placement: the time from a router's Place to the Placement in the outbox of a real GlobalScheduler whose engines are all in the
+middle of their work.
 
 Times are CPU times of the one thread, so that other load on the machine hardly enters; looking at the clock is taken off. Bytes per
 block are what the process's memory grew by.
