@@ -94,15 +94,17 @@ class PrefixIndex:
         self._turn(now)
         bit, expected = self._masks[self._slot(engine)], self._expected[0]
         for name in names:
-            expected[name] = expected.get(name, 0) | bit
+            known = expected.get(name)
+            expected[name] = bit if known is None else known | bit
 
     def tick(self, now: float) -> None:
         """Forget old expectations, and sweep some more of the dead engines' bits out."""
         self._turn(now)
         if not self._dirty:
             return
+        dead = sum(self._masks[slot] for slot in self._dirty)
         for _ in range(_SWEPT):
-            self._sweep(self._sweeper)
+            self._sweep(self._sweeper, dead)
             self._sweeper = (self._sweeper + 1) % _SHARDS
         for slot in list(self._dirty):
             self._dirty[slot] -= _SWEPT
@@ -129,10 +131,13 @@ class PrefixIndex:
     def _interned(self, mask: int) -> int:
         return self._masks[mask.bit_length() - 1] if mask & (mask - 1) == 0 else mask
 
-    def _sweep(self, number: int) -> None:
-        alive, shard = self._alive, self._shards[number]
-        if any(mask & ~alive for mask in shard.values()):
-            self._shards[number] = {name: self._interned(left) for name, mask in shard.items() if (left := mask & alive)}
+    def _sweep(self, number: int, dead: int) -> None:
+        shard = self._shards[number]
+        for name, mask in [(name, mask) for name, mask in shard.items() if mask & dead]:
+            if left := mask & ~dead:
+                shard[name] = self._interned(left)
+            else:
+                del shard[name]
 
     def _thin(self, number: int) -> None:
         """Drop the names that were added or found the longest ago: a quarter of the shard."""
