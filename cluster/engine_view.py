@@ -1,5 +1,6 @@
 """An engine as the global scheduler sees it: its last report, and what was bound to it since."""
 
+import math
 from dataclasses import dataclass, field
 
 from cluster import placement
@@ -15,7 +16,7 @@ class _Binding:
     expires: float
 
 
-@dataclass
+@dataclass(slots=True)
 class EngineView:
     """An engine as its last report, and what was bound to it since, show it."""
 
@@ -28,6 +29,33 @@ class EngineView:
     """The sum of the bindings."""
     bound_work: int = 0
     """Likewise."""
+    name: str = field(init=False)
+    rank: tuple[float, str] = field(init=False)
+    """Of two engines that have as much of a prompt, the one with the lower rank costs less."""
+    _longest: int = field(init=False)
+    _most_tokens: float = field(init=False)
+    _most_sequences: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = self.report.engine
+        self._refresh()
+
+    def hear(self, report: EngineReport, now: float) -> None:
+        """A newer report of the same epoch."""
+        self.report, self.heard_at = report, now
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """What takes() and cost() go by: every engine is asked for every request, which must not take long."""
+        report, left = self.report, self.left
+        capacity, stats = report.capacity, report.stats
+        idle = report.credit == capacity and not self.bindings
+        # The most of each that a request may have: any, where it needs no more than half of all there is and so much is left.
+        self._longest = report.max_sequence_tokens if report.ready else -1
+        self._most_tokens = math.inf if idle or left.tokens >= max(1, capacity.tokens // 2) else left.tokens
+        self._most_sequences = math.inf if idle or left.sequences >= max(1, capacity.sequences // 2) else left.sequences
+        sequences = stats.running + stats.waiting + self.bound.sequences
+        self.rank = (placement.delay(stats.backlog + self.bound_work, sequences), self.name)
 
     @property
     def left(self) -> Credit:
@@ -37,21 +65,11 @@ class EngineView:
 
     def takes(self, place: Place) -> bool:
         """Whether the credit covers `place`. What is more than half of all there is needs an idle engine, or half of it free."""
-        report, capacity = self.report, self.report.capacity
-        if not report.ready or place.longest > report.max_sequence_tokens:
-            return False
-        left = self.left
-        tokens = min(place.num_tokens, max(1, capacity.tokens // 2))
-        sequences = min(place.sequences, max(1, capacity.sequences // 2))
-        idle = report.credit == capacity and not self.bindings
-        return idle or (left.tokens >= tokens and left.sequences >= sequences)
+        return place.longest <= self._longest and place.num_tokens <= self._most_tokens and place.sequences <= self._most_sequences
 
     def cost(self, place: Place, overlap: int) -> tuple[float, int, str]:
         """Of placing here, where `overlap` tokens of the prompt are known: the least is the best (see cluster/placement.py)."""
-        stats = self.report.stats
-        sequences = stats.running + stats.waiting + self.bound.sequences
-        option = placement.Option(overlap, stats.backlog + self.bound_work, sequences)
-        return placement.cost(option, place.num_tokens), -overlap, self.report.engine
+        return placement.cost(place.num_tokens, overlap, self.rank[0]), -overlap, self.name
 
     def bind(self, place: Place, work: int, expires: float) -> None:
         """Take the credit that `place` needs, until it is accepted or the binding expires. `work`: tokens to be computed first."""
@@ -69,3 +87,4 @@ class EngineView:
     def _count(self, binding: _Binding, sign: int) -> None:
         self.bound = Credit(self.bound.tokens + sign * binding.tokens, self.bound.sequences + sign * binding.sequences)
         self.bound_work += sign * binding.work
+        self._refresh()

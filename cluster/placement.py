@@ -8,24 +8,16 @@ The first term sends requests to the KV they can share, the others away from whe
 spreads: each request that goes to its holder raises the holder's cost, and an engine that computes it instead becomes a holder too.
 """
 
-from dataclasses import dataclass
-
 SEQUENCE_TOKENS = 64.0
 """What another sequence of the engine adds, in tokens: about as much as the iterations it is part of delay a prompt."""
 
 
-@dataclass(frozen=True)
-class Option:
-    """An engine that could take the request."""
-
-    overlap: int
-    """Tokens of the prompt whose KV it has."""
-    backlog: int
-    """Tokens of prompts that it has to compute already."""
-    sequences: int
-    """That it runs, that wait there, and those bound to it."""
+def delay(backlog: int, sequences: int) -> float:
+    """What an engine adds to a request's cost, whichever it is. `backlog`: tokens of prompts that it has to compute already.
+    `sequences`: that it runs, that wait there, and those bound to it."""
+    return backlog + SEQUENCE_TOKENS * sequences
 
 
-def cost(option: Option, num_tokens: int) -> float:
-    """Tokens of computing until the request's first token."""
-    return max(1, num_tokens - option.overlap) + option.backlog + SEQUENCE_TOKENS * option.sequences
+def cost(num_tokens: int, overlap: int, delay: float) -> float:
+    """Tokens of computing until the request's first token, where the engine has the KV of `overlap` of its `num_tokens`."""
+    return (num_tokens - overlap if overlap < num_tokens else 1) + delay

@@ -22,10 +22,9 @@ class _Feed:
 class Prefixes:
     """Which engine has how much of a prompt."""
 
-    def __init__(self, block_size: int, max_blocks: int) -> None:
+    def __init__(self, max_blocks: int) -> None:
         """`max_blocks`: names kept, the least recently used go first."""
         self.index = PrefixIndex(max_blocks)
-        self._block_size = block_size
         self._feeds: dict[str, _Feed] = {}
 
     def follow(self, engine: str, epoch: int, sent: int, now: float) -> bool:
@@ -67,8 +66,8 @@ class Prefixes:
         return True
 
     def overlap(self, names: Sequence[int]) -> dict[str, int]:
-        """Tokens of the prompt with these blocks that each engine has; those that have none are left out."""
-        return {engine: blocks * self._block_size for engine, blocks in self.index.overlap(names).items()}
+        """How many of a prompt's first blocks each engine has; those that have none are left out."""
+        return self.index.overlap(names)
 
     def expect(self, engine: str, names: Sequence[int], now: float) -> None:
         """A request with these blocks is on its way to the engine."""

@@ -126,7 +126,7 @@ class GlobalScheduler:
         self._lease_until = now + config.first_router_s
         self._coming_until = now
         self._turn = 0
-        self._prefixes = Prefixes(config.block_size, config.max_index_blocks)
+        self._prefixes = Prefixes(config.max_index_blocks)
 
     def take_messages(self) -> list[Send]:
         """All that is to be sent now, in order; each is returned once."""
@@ -266,13 +266,14 @@ class GlobalScheduler:
         while self._line:
             waiting = self._line[0]
             place = waiting.place
-            names = blocks_of(place.names) if self.config.placement == "prefix" else ()
-            overlap = self._prefixes.overlap(names)
-            view = self._choose(place, overlap)
-            if view is not None:
+            if any(view.takes(place) for view in self._engines.values()):
+                names = blocks_of(place.names) if self.config.placement == "prefix" else ()
+                overlap = self._prefixes.overlap(names)
+                view = self._choose(place, overlap)
                 engine = view.report.engine
                 self._forget(place.request)
-                view.bind(place, place.num_tokens - overlap.get(engine, 0), now + self.config.binding_timeout_s)
+                known = overlap.get(engine, 0) * self.config.block_size
+                view.bind(place, place.num_tokens - known, now + self.config.binding_timeout_s)
                 self._prefixes.expect(engine, names, now)
                 report, waited_s = view.report, now - waiting.since
                 placement = Placement(place.request, place.attempt, engine, report.epoch, report.address, waited_s)
@@ -288,18 +289,26 @@ class GlobalScheduler:
         ready = any(view.report.ready for view in views)
         return ready and all(place.longest > view.max_sequence_tokens for view in views)
 
-    def _choose(self, place: Place, overlap: dict[str, int]) -> EngineView | None:
-        able = [view for view in self._engines.values() if view.takes(place)]
-        if not able:
-            return None
+    def _choose(self, place: Place, overlap: dict[str, int]) -> EngineView:
+        """One of the engines that take it: there is one. `overlap`: blocks of the prompt that engines have."""
+        views = self._engines.values()
         match self.config.placement:
             case "round_robin":
                 self._turn += 1
+                able = [view for view in views if view.takes(place)]
                 return able[self._turn % len(able)]
             case "least_loaded":
+                able = [view for view in views if view.takes(place)]
                 return max(able, key=lambda view: (view.left.sequences, view.left.tokens))
             case "prefix":
-                return min(able, key=lambda view: view.cost(place, overlap.get(view.report.engine, 0)))
+                best: dict[int, EngineView] = {}  # of the engines that have as much of the prompt: most have as much as many others
+                for view in views:
+                    known = overlap.get(view.name, 0)
+                    rival = best.get(known)
+                    if (rival is None or view.rank < rival.rank) and view.takes(place):
+                        best[known] = view
+                size = self.config.block_size
+                return min(best.items(), key=lambda item: item[1].cost(place, item[0] * size))[1]
 
     # --- engines and routers ----------------------------------------------------------------------------------------
 
@@ -316,7 +325,7 @@ class GlobalScheduler:
             changed = True
         elif report.epoch == view.report.epoch and report.number > view.report.number:
             changed = report.ready != view.report.ready
-            view.report, view.heard_at = report, now
+            view.hear(report, now)
         else:
             return
         view.max_sequence_tokens = report.max_sequence_tokens or view.max_sequence_tokens
