@@ -46,9 +46,9 @@ class Counters:
 
     preemptions: int = 0
     looked_up: int = 0
-    """Tokens of sequences that got a place for the first time, and do not continue a sibling ..."""
+    """Tokens of sequences that got a place for the first time, and were looked up in the prefix cache ..."""
     cached: int = 0
-    """... and of these, tokens whose KV the prefix cache had."""
+    """... and of these, tokens whose KV was there."""
 
     def __add__(self, other: "Counters") -> "Counters":
         """Of both."""
@@ -187,6 +187,7 @@ class Batcher:
             shared = len(sequence.request.prompt) - 1
             taken = self.kv.blocks_for(sequence.num_tokens) - shared // self.config.block_size
             beginning = self.kv.fork(parent.seq, sequence.seq, shared) if taken <= free else None
+            sequence.cached = parent.cached
         else:
             match = self._match(sequence)
             taken = self.kv.blocks_to_admit(sequence.num_tokens, sequence.max_num_tokens) - len(match.blocks) + match.idle
@@ -194,8 +195,9 @@ class Batcher:
             beginning = self.kv.admit(sequence.seq, match, salt, longest) if taken <= free else None
             if beginning is not None and not sequence.sent:
                 sequence.cached = beginning.num_tokens
-                self.counters.looked_up += sequence.num_tokens
-                self.counters.cached += beginning.num_tokens
+                if self.kv.tree is not None and sequence.scoring.complete:
+                    self.counters.looked_up += sequence.num_tokens
+                    self.counters.cached += beginning.num_tokens
         if beginning is None:
             return None
         if beginning.copy is not None:

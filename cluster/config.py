@@ -51,13 +51,19 @@ class BatchConfig:
     batching: Batching = "continuous"
     reservation: Reservation = "paged"
     prefix_cache: PrefixCache = "on"
-    """With paged reservation: whether KV outlives its sequences, to be found by its tokens."""
+    """See keeps_prefixes."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "pp")
         if self.num_blocks < 2:
             raise ConfigError(f"num_blocks is {self.num_blocks}, but a pool needs the null block and at least one more")
         _check_budget(self)
+
+    @property
+    def keeps_prefixes(self) -> bool:
+        """Whether KV outlives its sequences. Not with the baselines: reserved blocks are not shared, and a static batch computes
+        finished rows again, in blocks that others would read by then."""
+        return self.prefix_cache == "on" and self.reservation == "paged" and self.batching == "continuous"
 
     @property
     def depth(self) -> int:
@@ -116,7 +122,8 @@ class Config:
     batching: Batching = "continuous"
     reservation: Reservation = "paged"
     prefix_cache: PrefixCache = "on"
-    """Whether KV outlives its sequences, to be shared by later ones that begin with the same tokens."""
+    """Whether KV outlives its sequences, to be shared by later ones that begin with the same tokens; never with the baselines of
+    batching and reservation."""
     prefix_sharing: PrefixSharing = "all"
     """Who shares cached prefixes: all requests of one cache_salt, or of these only those with one API key (the header, or gRPC
     metadata, `authorization`), so that nobody learns from the time an answer takes what another tenant has asked."""
@@ -170,7 +177,7 @@ class Config:
     def by_prefix(self) -> bool:
         """Whether requests are placed by the KV that engines have, of which the scheduler must be told."""
         by_prefix = self.placement == "prefix" and self.engines > 1
-        return by_prefix and self.prefix_cache == "on" and self.reservation == "paged"
+        return by_prefix and batch_settings(self, num_blocks=2, max_model_len=1).keeps_prefixes
 
     @property
     def num_ranks(self) -> int:

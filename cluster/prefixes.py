@@ -44,7 +44,7 @@ class Prefixes:
         """Take in what an engine tells; False if it has to be asked for the whole."""
         feed = self._feeds.get(message.engine)
         if feed is None or feed.epoch != message.epoch:
-            return True  # its report comes first, or it is over
+            return True  # its epoch is over; or it was not heard of yet, and its first report will ask for the whole
         if message.whole:
             self.index.forget(message.engine)
             feed.asked_at = None

@@ -274,7 +274,7 @@ class GlobalScheduler:
                 self._forget(place.request)
                 known = overlap.get(engine, 0) * self.config.block_size
                 view.bind(place, place.num_tokens - known, now + self.config.binding_timeout_s)
-                self._prefixes.expect(engine, names, now)
+                self._prefixes.expect(engine, names[overlap.get(engine, 0) :], now)
                 report, waited_s = view.report, now - waiting.since
                 placement = Placement(place.request, place.attempt, engine, report.epoch, report.address, waited_s)
                 self._send(place.reply_to, placement)

@@ -5,7 +5,8 @@ no edges: one table from a name to the set of engines that have it, a set being 
 shrink, so the places where they do are found by galloping; no step grows with the index.
 
 The table is cut into shards: none is large enough for its growth, or for the sweeping out of a dead engine's bits, to be felt.
-Answers may be stale; that costs speed, never correctness, since engines compare tokens.
+Answers may be stale; that costs speed, never correctness, since engines compare tokens. So may they be where the table is full and
+thinned out: of a long prompt that was told piece by piece the beginning may go first, and the rest is then not found any more.
 """
 
 import itertools
@@ -26,7 +27,7 @@ def unpack(names: bytes) -> tuple[int, ...]:
 
 
 class PrefixIndex:
-    """Feed it with put(), added(), removed() and tick(); ask overlap()."""
+    """Feed it with added(), removed(), forget(), expect() and tick(); ask overlap()."""
 
     def __init__(self, max_blocks: int = 1 << 24, expected_s: float = 5.0) -> None:
         """`max_blocks`: names kept, the least recently used go first. `expected_s`: how long at least an expectation counts."""

@@ -6,7 +6,8 @@ Ownership of one sequence's slots, by position:
     |-- valid KV ----|-- written by launched plans --|-- allocated, not yet written: at most one block (paged) --|
 
 A table's blocks are held (one reference each) from `admit` to `release`. Nobody ever writes into a block that another table
-holds or that the tree keeps: whole blocks only are shared, and the one that will be written into is copied.
+holds or that the tree keeps, but for what `record` says of the plan that is being made: whole blocks only are shared, and the one
+that will be written into is copied.
 """
 
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ class _Table:
 
 
 class KVManager:
-    """Block tables of one engine's admitted sequences, and the tree of what they leave behind (prefix_cache on, paged only).
+    """Block tables of one engine's admitted sequences, and the tree of what they leave behind, if the settings want one.
 
     Failure to allocate is None, and then no table has changed.
     """
@@ -42,8 +43,7 @@ class KVManager:
     def __init__(self, config: BatchConfig, observer: Observer | None = None) -> None:
         self.config = config
         self.pool = BlockPool(config.num_blocks)
-        cached = config.prefix_cache == "on" and config.reservation == "paged"
-        self.tree = RadixTree(self.pool, config.block_size, observer) if cached else None
+        self.tree = RadixTree(self.pool, config.block_size, observer) if config.keeps_prefixes else None
         self._tables: dict[int, _Table] = {}
         self._fresh: set[int] = set()
         """Blocks that the plan being made will write: whole ones can be shared in it, but no part copied before it has run."""

@@ -385,3 +385,23 @@ def test_a_result_must_tell_what_was_asked() -> None:
         [PromptScores(entry.seq, 1, entry.logprobs[1:])],
     ):
         assert not b.expects(structs.replace(good, scores=wrong))
+
+
+def test_idle_blocks_that_a_prompt_shares_are_not_counted_as_free_besides() -> None:
+    """A pool of 6 blocks: 4 are an idle prefix, one is a running sequence's, which has a claim on the last. Who has that prefix and
+    needs another block must wait, though 5 can be had and 4 of its 5 are there."""
+    b = batcher(num_blocks=7, prefix_cache="on", max_num_batched_tokens=64)
+    b.add(request("stem", 16, 0), 0.0)
+    b.update(result(step(b)))
+    other = request("other", 3, 9)
+    other.prompt[:] = [50, 51, 52]
+    b.add(other, 1.0)
+    b.update(result(step(b)))
+    b.add(request("next", 20, 1), 2.0)
+    assert (b.kv.pool.num_held, b.kv.num_free) == (1, 5)
+    plan = step(b)
+    assert (plan.admitted, len(b.line)) == ([], 1)
+    b.update(result(plan))
+    b.cancel("other")
+    (admission,) = step(b).admitted
+    assert admission.num_computed == 16

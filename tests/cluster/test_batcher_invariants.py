@@ -39,6 +39,7 @@ class Rig:
             if answer is not None:
                 self.results.append(answer)
         check_ownership(b)
+        check_writes(b)
         return True
 
     def take(self) -> None:
@@ -135,6 +136,15 @@ def checked_schedule(b: Batcher, now: float) -> StepPlan | None:
     last = max((s.order for s in b.running if s.seq in admitted), default=(-1.0, -1))
     assert all(s.order > last for s in b.line.waiting if s.seq in line), "somebody was overtaken"
     return plan
+
+
+def check_writes(b: Batcher) -> None:
+    """The newest plan writes into blocks of one table each, but for those that it computes and shares at once."""
+    size = b.config.block_size
+    newest = b.in_flight[-1]
+    for chunk, sequence in zip(newest.plan.chunks, newest.sequences, strict=True):
+        for block in b.kv.table(sequence.seq)[chunk.start // size : -(-(chunk.start + chunk.num_tokens) // size)]:
+            assert block in b.kv._fresh or (b.kv.pool.references(block) == 1 and not b.kv.pool.is_kept(block))
 
 
 def check_ownership(b: Batcher) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from cluster import structs
 from cluster.engine import Engine, EngineConfig, Send
-from cluster.placement import Option, cost
+from cluster.placement import cost, delay
 from cluster.prefixes import Prefixes, blocks_of
 from cluster.protocol import CacheChanges, CacheResync, EngineStats, Place, Placement, Submit
 from cluster.scheduler import GlobalScheduler, SchedulerConfig
@@ -91,13 +91,13 @@ def test_a_gap_is_closed_by_asking_for_the_whole() -> None:
     assert cluster.asked_for_the_whole() == [], "it was just asked"
     cluster.scheduler.receive(told("b", PROMPT, number=4), 7.0)
     assert cluster.asked_for_the_whole() == [CacheResync("b", 1)], "but not for ever"
-    assert cluster.scheduler._prefixes.overlap(blocks_of(NAMES.of_prompt(PROMPT))) == {"b": 8}
+    assert cluster.scheduler._prefixes.overlap(blocks_of(NAMES.of_prompt(PROMPT))) == {"b": 2}
     cluster.scheduler.receive(told("b", PROMPT[:20], number=5, whole=True), 8.0)
-    assert cluster.scheduler._prefixes.overlap(blocks_of(NAMES.of_prompt(PROMPT))) == {"b": 20}
+    assert cluster.scheduler._prefixes.overlap(blocks_of(NAMES.of_prompt(PROMPT))) == {"b": 5}
 
 
 def test_a_scheduler_that_comes_later_asks_for_what_it_missed() -> None:
-    prefixes = Prefixes(SIZE, 1 << 20)
+    prefixes = Prefixes(1 << 20)
     assert not prefixes.follow("a", 1, sent=3, now=0.0)
     assert prefixes.follow("a", 1, sent=3, now=1.0)
     assert prefixes.take(told("a", PROMPT, number=3, whole=True), 2.0)
@@ -134,18 +134,19 @@ def test_an_engine_tells_what_it_has_and_tells_it_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("here", "there", "better"),
+    ("here", "there", "better"),  # (overlap, backlog, sequences) of a prompt of 1000 tokens
     [
-        (Option(overlap=0, backlog=0, sequences=0), Option(overlap=0, backlog=0, sequences=1), "here"),
-        (Option(overlap=900, backlog=0, sequences=0), Option(overlap=0, backlog=0, sequences=0), "here"),
-        (Option(overlap=900, backlog=800, sequences=4), Option(overlap=0, backlog=0, sequences=4), "here"),
-        (Option(overlap=900, backlog=1000, sequences=4), Option(overlap=0, backlog=0, sequences=4), "there"),
-        (Option(overlap=900, backlog=9000, sequences=64), Option(overlap=0, backlog=9000, sequences=64), "here"),
-        (Option(overlap=1000, backlog=10**6, sequences=64), Option(overlap=0, backlog=10**6, sequences=64), "here"),
+        ((0, 0, 0), (0, 0, 1), "here"),
+        ((900, 0, 0), (0, 0, 0), "here"),
+        ((900, 800, 4), (0, 0, 4), "here"),
+        ((900, 9000, 4), (0, 0, 4), "there"),
+        ((900, 9000, 64), (0, 9000, 64), "here"),
+        ((1000, 10**6, 64), (0, 10**6, 64), "here"),
     ],
 )
-def test_costs_from_idle_to_saturated(here: Option, there: Option, better: str) -> None:
-    assert (cost(here, 1000) < cost(there, 1000)) == (better == "here")
+def test_costs_from_idle_to_saturated(here: tuple[int, int, int], there: tuple[int, int, int], better: str) -> None:
+    ours, theirs = (cost(1000, overlap, delay(backlog, sequences)) for overlap, backlog, sequences in (here, there))
+    assert (ours < theirs) == (better == "here")
 
 
 def test_names_are_those_of_whole_blocks() -> None:

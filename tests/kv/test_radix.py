@@ -271,3 +271,19 @@ def test_long_edges_cost_no_more_nodes_for_being_written_in_chunks() -> None:
         tree.insert(lease, pack(tokens[:end]), table)
     assert len(list(tree.nodes())) == 1
     assert tree.match(pack([*tokens, 1])).num_tokens == 400
+
+
+def test_a_use_that_changes_no_edge_counts_too() -> None:
+    pool = BlockPool(20)
+    tree = RadixTree(pool, 2)
+    for tokens in ([1, 1], [2, 2]):
+        lease = tree.lock(tree.match(pack(tokens)))
+        table = pool.allocate(1)
+        assert table is not None
+        tree.insert(lease, pack(tokens), table)
+        tree.release(lease)
+        pool.release(table)
+    tree.release(tree.lock(tree.match(pack([1, 1, 9]))))
+    assert tree.evict(1) == 1
+    assert tree.match(pack([1, 1, 9])).num_tokens == 2
+    assert tree.match(pack([2, 2, 9])).num_tokens == 0
