@@ -1,5 +1,6 @@
 """An engine as the global scheduler sees it: its last report, and what was bound to it since."""
 
+import math
 from dataclasses import dataclass, field
 
 from cluster import placement
@@ -28,6 +29,8 @@ class EngineView:
     """The sum of the bindings."""
     bound_work: int = 0
     """Likewise."""
+    recent_work: float = 0.0
+    """Of all that was bound to it, the older the less: see fade()."""
 
     @property
     def left(self) -> Credit:
@@ -46,11 +49,13 @@ class EngineView:
         idle = report.credit == capacity and not self.bindings
         return idle or (left.tokens >= tokens and left.sequences >= sequences)
 
-    def cost(self, place: Place, overlap: int) -> tuple[float, int, str]:
-        """Of placing here, where `overlap` tokens of the prompt are known: the least is the best (see cluster/placement.py)."""
+    def cost(self, place: Place, overlap: int, mean_turnover: float) -> tuple[float, int, str]:
+        """Of placing here, where `overlap` tokens of the prompt are known: the least is the best (see cluster/placement.py).
+        `mean_turnover`: recent work by pool tokens, of all engines."""
         stats = self.report.stats
         sequences = stats.running + stats.waiting + self.bound.sequences
-        option = placement.Option(overlap, stats.backlog + self.bound_work, sequences)
+        turnover = self.recent_work / max(1, self.report.capacity.tokens) / mean_turnover if mean_turnover else 1.0
+        option = placement.Option(overlap, stats.backlog + self.bound_work, sequences, turnover)
         return placement.cost(option, place.num_tokens), -overlap, self.report.engine
 
     def bind(self, place: Place, work: int, expires: float) -> None:
@@ -58,7 +63,12 @@ class EngineView:
         key = (place.request, place.attempt)
         self.unbind(key)
         self.bindings[key] = _Binding(place.num_tokens, place.sequences, work, expires)
+        self.recent_work += work
         self._count(self.bindings[key], 1)
+
+    def fade(self, share: float) -> None:
+        """All engines together were bound work for this share of their pools: what was before has lost so much of its weight."""
+        self.recent_work *= math.exp(-share)
 
     def unbind(self, key: tuple[str, int]) -> None:
         """Accepted, withdrawn or expired."""

@@ -272,7 +272,11 @@ class GlobalScheduler:
             if view is not None:
                 engine = view.report.engine
                 self._forget(place.request)
-                view.bind(place, place.num_tokens - overlap.get(engine, 0), now + self.config.binding_timeout_s)
+                work = place.num_tokens - overlap.get(engine, 0)
+                share = work / max(1, self._pool_tokens())
+                for other in self._engines.values():
+                    other.fade(share)
+                view.bind(place, work, now + self.config.binding_timeout_s)
                 self._prefixes.expect(engine, names, now)
                 report, waited_s = view.report, now - waiting.since
                 placement = Placement(place.request, place.attempt, engine, report.epoch, report.address, waited_s)
@@ -299,7 +303,12 @@ class GlobalScheduler:
             case "least_loaded":
                 return max(able, key=lambda view: (view.left.sequences, view.left.tokens))
             case "prefix":
-                return min(able, key=lambda view: view.cost(place, overlap.get(view.report.engine, 0)))
+                mean = sum(view.recent_work for view in self._engines.values()) / max(1, self._pool_tokens())
+                return min(able, key=lambda view: view.cost(place, overlap.get(view.report.engine, 0), mean))
+
+    def _pool_tokens(self) -> int:
+        """Of all engines."""
+        return sum(view.report.capacity.tokens for view in self._engines.values())
 
     # --- engines and routers ----------------------------------------------------------------------------------------
 
