@@ -1,4 +1,4 @@
-"""Replaying a trace with shared prefixes: a tiny one, in which a few talks go on by turns."""
+"""Replaying a trace with shared prefixes: a tiny one, in which some talks go on by turns."""
 
 import dataclasses
 import json
