@@ -89,6 +89,7 @@ class Batcher:
         for choice in choices:
             sequence = Sequence(self._next_seq, request, choice, list(request.emitted[choice]), now, scoring)
             self._next_seq += 1
+            sequence.expected = self._match(sequence).num_tokens
             if forks and sequences:
                 self.line.hold(sequence, sequences[choices[0]])
             else:
@@ -415,7 +416,7 @@ class Batcher:
             slots_used=ledger.used,
             slots_shared=ledger.shared,
             blocks_cached=self.kv.pool.num_used - self.kv.pool.num_held,
-            backlog=sum(s.schedulable for s in itertools.chain(self.running, self.line.waiting) if s.schedulable > 1),
+            backlog=sum(s.ahead for s in itertools.chain(self.running, self.line.waiting)),
         )
 
     def check_integrity(self) -> None:

@@ -30,8 +30,10 @@ class EngineView:
     bound_work: int = 0
     """Likewise."""
     name: str = field(init=False)
-    rank: tuple[float, str] = field(init=False)
-    """Of two engines that have as much of a prompt, the one with the lower rank costs less."""
+    delay: float = field(init=False)
+    """What it adds to the cost of any request, see cluster/placement.py."""
+    pool_tokens: int = field(init=False)
+    """At least 1."""
     _longest: int = field(init=False)
     _most_tokens: float = field(init=False)
     _most_sequences: float = field(init=False)
@@ -46,7 +48,7 @@ class EngineView:
         self._refresh()
 
     def _refresh(self) -> None:
-        """What takes() and cost() go by: every engine is asked for every request, which must not take long."""
+        """What takes() and a choice go by: every engine is asked for every request, which must not take long."""
         report, left = self.report, self.left
         capacity, stats = report.capacity, report.stats
         idle = report.credit == capacity and not self.bindings
@@ -55,7 +57,8 @@ class EngineView:
         self._most_tokens = math.inf if idle or left.tokens >= max(1, capacity.tokens // 2) else left.tokens
         self._most_sequences = math.inf if idle or left.sequences >= max(1, capacity.sequences // 2) else left.sequences
         sequences = stats.running + stats.waiting + self.bound.sequences
-        self.rank = (placement.delay(stats.backlog + self.bound_work, sequences), self.name)
+        self.pool_tokens = max(1, capacity.tokens)
+        self.delay = placement.delay(stats.backlog + self.bound_work, sequences)
 
     @property
     def left(self) -> Credit:
@@ -66,10 +69,6 @@ class EngineView:
     def takes(self, place: Place) -> bool:
         """Whether the credit covers `place`. What is more than half of all there is needs an idle engine, or half of it free."""
         return place.longest <= self._longest and place.num_tokens <= self._most_tokens and place.sequences <= self._most_sequences
-
-    def cost(self, place: Place, overlap: int) -> tuple[float, int, str]:
-        """Of placing here, where `overlap` tokens of the prompt are known: the least is the best (see cluster/placement.py)."""
-        return placement.cost(place.num_tokens, overlap, self.rank[0]), -overlap, self.name
 
     def bind(self, place: Place, work: int, expires: float) -> None:
         """Take the credit that `place` needs, until it is accepted or the binding expires. `work`: tokens to be computed first."""

@@ -1,15 +1,26 @@
-"""Which engine a request goes to: where its first token will come soonest, counted in tokens to be computed.
+"""Which engine a request goes to: where it delays first tokens the least, its own and others', counted in tokens to be computed.
 
-    cost(engine) = tokens of the prompt that it has no KV of
+    cost(engine) = tokens of the prompt that it has no KV of, times (WORK + its turnover)
                  + tokens of other prompts that it has to compute first (its backlog)
                  + what its other sequences take meanwhile
 
-The first term sends requests to the KV they can share, the others away from where many are already. So a prefix that many ask for
-spreads: each request that goes to its holder raises the holder's cost, and an engine that computes it instead becomes a holder too.
+The first term sends requests to the KV they can share, the others away from where many are already. To wait delays this request
+alone. To compute again what another engine has delays whoever comes while the engine is busy too: that is what WORK is for. And new
+KV pushes the oldest out, which is the fresher the more an engine has computed lately: its turnover. Without it, all requests that
+have a few first tokens in common would go to one engine as long as it keeps up, and the caches of the others would lie idle.
+
+A prefix that many ask for spreads all the same: each request that goes to its holder raises the holder's cost, and an engine that
+computes it instead becomes a holder too.
 """
 
+import math
+
+WORK = 4.0
+"""By how much a token computed delays first tokens in all: 1 / (1 - load) in a queue, here for engines that are busy for three
+quarters of the time."""
 SEQUENCE_TOKENS = 64.0
 """What another sequence of the engine adds, in tokens: about as much as the iterations it is part of delay a prompt."""
+_HEAVY = 1e9
 
 
 def delay(backlog: int, sequences: int) -> float:
@@ -18,6 +29,39 @@ def delay(backlog: int, sequences: int) -> float:
     return backlog + SEQUENCE_TOKENS * sequences
 
 
-def cost(num_tokens: int, overlap: int, delay: float) -> float:
-    """Tokens of computing until the request's first token, where the engine has the KV of `overlap` of its `num_tokens`."""
-    return (num_tokens - overlap if overlap < num_tokens else 1) + delay
+def cost(num_tokens: int, overlap: int, delay: float, turnover: float = 1.0) -> float:
+    """Tokens by which first tokens are delayed, where the engine has the KV of `overlap` of the prompt's `num_tokens`."""
+    return (WORK + turnover) * (num_tokens - overlap if overlap < num_tokens else 1) + delay
+
+
+class Turnover:
+    """What engines were given to compute lately, for the size of their pools: the mean of all is 1.
+
+    Older work counts the less, by the factor e for each filling of all pools since. Only ratios are asked for: so newer work is
+    given more weight, in place of less to all that was before.
+    """
+
+    def __init__(self) -> None:
+        self._work: dict[str, float] = {}
+        self._weight = 1.0
+
+    def bound(self, engine: str, work: int, pools: int) -> None:
+        """`work` tokens, to be computed by `engine`; all engines' pools hold `pools` tokens."""
+        self._weight *= math.exp(min(1.0, work / max(1, pools)))
+        self._work[engine] = self._work.get(engine, 0.0) + work * self._weight
+        if self._weight > _HEAVY:
+            self._work = {name: worked / self._weight for name, worked in self._work.items()}
+            self._weight = 1.0
+
+    def forget(self, engine: str) -> None:
+        """Its pool is empty."""
+        self._work.pop(engine, None)
+
+    def per_token(self, pools: int) -> float:
+        """What work_of() is to be multiplied by, over the tokens of that engine's pool, for its turnover; 0 if there was none."""
+        total = sum(self._work.values())
+        return pools / total if total else 0.0
+
+    def work_of(self, engine: str) -> float:
+        """Weighted tokens."""
+        return self._work.get(engine, 0.0)

@@ -311,7 +311,7 @@ class EngineStats(Wire, kw_only=True):
     blocks_cached: int = 0
     """Besides blocks_used: kept for requests to come, given up where there is need."""
     backlog: int = 0
-    """Tokens of prompts, known and neither computed nor in a launched plan."""
+    """Tokens of prompts, known and neither computed, nor in a launched plan, nor in the prefix cache when they came."""
 
 
 class EngineStatus(Wire):

@@ -50,6 +50,8 @@ class Sequence:
     """When the first plan with it was launched."""
     cached: int = 0
     """Tokens whose KV the prefix cache had when it first got a place."""
+    expected: int = 0
+    """Tokens whose KV it had when the sequence came."""
     finish: FinishReason | None = None
     """Set once: no further token of it is wanted."""
     told: bool = False
@@ -88,6 +90,11 @@ class Sequence:
     def schedulable(self) -> int:
         """Known tokens that no plan has covered yet: many for a prompt, 1 for a decode, 0 while its next token is being drawn."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def ahead(self) -> int:
+        """Tokens of a prompt that are yet to be planned, as far as is known: those that the cache has will not be."""
+        return max(1, self.schedulable - (0 if self.num_computed else self.expected)) if self.schedulable > 1 else 0
 
     @property
     def order(self) -> tuple[float, int]:

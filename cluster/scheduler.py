@@ -14,6 +14,7 @@ from typing import Literal
 from cluster.config import PlacementPolicy
 from cluster.engine_view import EngineView
 from cluster.metrics import Totals
+from cluster.placement import Turnover, cost
 from cluster.prefixes import Prefixes, blocks_of
 from cluster.protocol import (
     CacheChanges,
@@ -127,6 +128,7 @@ class GlobalScheduler:
         self._coming_until = now
         self._turn = 0
         self._prefixes = Prefixes(config.max_index_blocks)
+        self._turnover = Turnover()
 
     def take_messages(self) -> list[Send]:
         """All that is to be sent now, in order; each is returned once."""
@@ -272,9 +274,12 @@ class GlobalScheduler:
                 view = self._choose(place, overlap)
                 engine = view.report.engine
                 self._forget(place.request)
-                known = overlap.get(engine, 0) * self.config.block_size
-                view.bind(place, place.num_tokens - known, now + self.config.binding_timeout_s)
-                self._prefixes.expect(engine, names[overlap.get(engine, 0) :], now)
+                known = overlap.get(engine, 0)
+                work = place.num_tokens - known * self.config.block_size
+                view.bind(place, work, now + self.config.binding_timeout_s)
+                if self.config.placement == "prefix":
+                    self._turnover.bound(engine, work, self._pool_tokens())
+                    self._prefixes.expect(engine, names[known:], now)
                 report, waited_s = view.report, now - waiting.since
                 placement = Placement(place.request, place.attempt, engine, report.epoch, report.address, waited_s)
                 self._send(place.reply_to, placement)
@@ -301,14 +306,23 @@ class GlobalScheduler:
                 able = [view for view in views if view.takes(place)]
                 return max(able, key=lambda view: (view.left.sequences, view.left.tokens))
             case "prefix":
-                best: dict[int, EngineView] = {}  # of the engines that have as much of the prompt: most have as much as many others
-                for view in views:
-                    known = overlap.get(view.name, 0)
-                    rival = best.get(known)
-                    if (rival is None or view.rank < rival.rank) and view.takes(place):
-                        best[known] = view
-                size = self.config.block_size
-                return min(best.items(), key=lambda item: item[1].cost(place, item[0] * size))[1]
+                return self._cheapest(place, overlap)
+
+    def _cheapest(self, place: Place, overlap: dict[str, int]) -> EngineView:
+        """By cluster/placement.py; of equals the one that has more of the prompt, then the first by name."""
+        size, num_tokens = self.config.block_size, place.num_tokens
+        per_token, worked = self._turnover.per_token(self._pool_tokens()), self._turnover.work_of
+
+        def key(view: EngineView) -> tuple[float, int, str]:
+            known = overlap.get(view.name, 0)
+            turnover = per_token * worked(view.name) / view.pool_tokens if per_token else 1.0
+            return cost(num_tokens, known * size, view.delay, turnover), -known, view.name
+
+        return min((view for view in self._engines.values() if view.takes(place)), key=key)
+
+    def _pool_tokens(self) -> int:
+        """Of all engines."""
+        return sum(view.pool_tokens for view in self._engines.values())
 
     # --- engines and routers ----------------------------------------------------------------------------------------
 
@@ -341,6 +355,7 @@ class GlobalScheduler:
         """Tell all routers, whether or not they have something there: a stale word is dropped, a missing one is a hung client."""
         self._over[engine] = max(epoch, self._over.get(engine, -1))
         self._prefixes.forget(engine)
+        self._turnover.forget(engine)
         for router in self._routers:
             self._send(router, EngineDown(engine, epoch))
 
