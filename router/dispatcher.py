@@ -9,6 +9,7 @@ from cluster.channel import Mailbox
 from cluster.protocol import ClusterStatus, MetricSample, RouterHello, RouterMessage, Stop
 from router.generation import ChoiceDelta, Generation, Unavailable
 from router.journal import Journal, JournalConfig, News
+from router.offload import offloaded
 
 TICK_S = 0.2
 HELLO_S = 1.0
@@ -24,11 +25,13 @@ class Dispatcher:
         metrics: Callable[[], list[MetricSample]],
         names: Callable[[Sequence[int], str], bytes] | None = None,
     ) -> None:
-        """`metrics`: the totals that go out with each heartbeat. `names`: see JournalConfig."""
+        """`metrics`: the totals that go out with each heartbeat. `names`: of a prompt's blocks, given its salt, where the scheduler
+        places requests by their prefixes (kv/names.py)."""
         self._mailbox = mailbox
         self._scheduler = scheduler
         self._metrics = metrics
-        self._journal = Journal(JournalConfig(mailbox.address, scheduler, names=names))
+        self._journal = Journal(JournalConfig(mailbox.address, scheduler))
+        self._names = names
         self._readers: dict[str, asyncio.Queue[News]] = {}
         self._closed = False
         """Takes no more requests."""
@@ -91,12 +94,15 @@ class Dispatcher:
 
     async def stream(self, generation: Generation) -> AsyncGenerator[list[ChoiceDelta], None]:
         """See router.generation.Generator."""
+        names = b""
+        if self._names is not None:
+            names = await offloaded(len(generation.prompt), self._names, generation.prompt, generation.cache_salt)
         if self._closed:
             raise Unavailable("the router stops")
         queue: asyncio.Queue[News] = asyncio.Queue()
         self._readers[generation.id] = queue
         try:
-            self._journal.begin(generation, time.time(), time.monotonic())
+            self._journal.begin(generation, time.time(), time.monotonic(), names)
             self._flush()
             while generation.id in self._journal or not queue.empty():
                 news = [await queue.get()]

@@ -8,7 +8,6 @@ Every delta names its attempt and the index of its first token. Only those of th
 was bound to, at the index the choice has reached, are let through: an engine that was cut off and still talks is not heard.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.protocol import (
@@ -62,8 +61,6 @@ class JournalConfig:
     """A request that was running each time when so many engines failed may be what makes them fail."""
     missing_s: float = 15.0
     """An engine that the scheduler has not named for so long is gone."""
-    names: Callable[[Sequence[int], str], bytes] | None = None
-    """Of a prompt's blocks, given its salt, where the scheduler places requests by their prefixes (kv/names.py)."""
 
 
 @dataclass
@@ -162,13 +159,12 @@ class Journal:
 
     # --- from the clients -------------------------------------------------------------------------------------------
 
-    def begin(self, generation: Generation, arrival: float, now: float) -> None:
-        """Take a generation. `arrival` is unix time, `now` the clock that tick() is given."""
+    def begin(self, generation: Generation, arrival: float, now: float, names: bytes = b"") -> None:
+        """Take a generation. `arrival` is unix time, `now` the clock that tick() is given. `names`: of the prompt's blocks, where the
+        scheduler places requests by their prefixes (see Place)."""
         n = generation.params.n
-        entry = _Entry(generation, arrival, now + generation.timeout_s)
+        entry = _Entry(generation, arrival, now + generation.timeout_s, names=names)
         entry.emitted, entry.finished = [[] for _ in range(n)], [False] * n
-        if self.config.names is not None:
-            entry.names = self.config.names(generation.prompt, generation.cache_salt)
         self._entries[generation.id] = entry
         self._place(entry, now)
 

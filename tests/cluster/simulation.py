@@ -111,7 +111,7 @@ class Simulation:
 
     def _start_router(self, name: str) -> Journal:
         self.processes[name] = Process(name)
-        return Journal(JournalConfig(name, "scheduler", max_strikes=100, names=self.names.of_prompt))
+        return Journal(JournalConfig(name, "scheduler", max_strikes=100))
 
     def _start_engine(self, name: str) -> None:
         process = self.processes.setdefault(name, Process(name))
@@ -311,7 +311,8 @@ class Simulation:
         client.finish = [None] * client.params.n
 
         def begin() -> None:
-            router.begin(Generation(id, client.prompt, client.params, client.timeout_s, client.salt), self.now, self.now)
+            names = self.names.of_prompt(client.prompt, client.salt)
+            router.begin(Generation(id, client.prompt, client.params, client.timeout_s, client.salt), self.now, self.now, names)
             self.flush()
 
         def cancel() -> None:
