@@ -160,8 +160,8 @@ class Journal:
     # --- from the clients -------------------------------------------------------------------------------------------
 
     def begin(self, generation: Generation, arrival: float, now: float, names: bytes = b"") -> None:
-        """Take a generation. `arrival` is unix time, `now` the clock that tick() is given. `names`: of the prompt's blocks, where the
-        scheduler places requests by their prefixes (see Place)."""
+        """Take a generation. `arrival` is unix time, `now` the clock that tick() is given. `names`: of the prompt's blocks, where
+        the scheduler places requests by their prefixes (see Place)."""
         n = generation.params.n
         entry = _Entry(generation, arrival, now + generation.timeout_s, names=names)
         entry.emitted, entry.finished = [[] for _ in range(n)], [False] * n
