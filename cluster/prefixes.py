@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.protocol import CacheChanges
-from kv.index import PrefixIndex, unpack
+from kv.index import PrefixIndex
 
 _PATIENCE_S = 5.0
 """After so long the whole is asked for again."""
@@ -66,7 +66,7 @@ class Prefixes:
         return True
 
     def overlap(self, names: Sequence[int]) -> dict[str, int]:
-        """How many of a prompt's first blocks each engine has; those that have none are left out."""
+        """How many of a prompt's first blocks (kv.index.unpack) each engine has; those that have none are left out."""
         return self.index.overlap(names)
 
     def expect(self, engine: str, names: Sequence[int], now: float) -> None:
@@ -76,8 +76,3 @@ class Prefixes:
     def tick(self, now: float) -> None:
         """Look at the clock. Call a few times a second."""
         self.index.tick(now)
-
-
-def blocks_of(names: bytes) -> tuple[int, ...]:
-    """Names as a Place carries them, for overlap() and expect()."""
-    return unpack(names)

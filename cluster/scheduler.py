@@ -15,7 +15,7 @@ from cluster.config import PlacementPolicy
 from cluster.engine_view import EngineView
 from cluster.metrics import Totals
 from cluster.placement import Turnover, cost
-from cluster.prefixes import Prefixes, blocks_of
+from cluster.prefixes import Prefixes
 from cluster.protocol import (
     CacheChanges,
     CacheResync,
@@ -36,6 +36,7 @@ from cluster.protocol import (
     Stop,
     Withdraw,
 )
+from kv.index import unpack
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ class GlobalScheduler:
             waiting = self._line[0]
             place = waiting.place
             if any(view.takes(place) for view in self._engines.values()):
-                names = blocks_of(place.names) if self.config.placement == "prefix" else ()
+                names = unpack(place.names) if self.config.placement == "prefix" else ()
                 overlap = self._prefixes.overlap(names)
                 view = self._choose(place, overlap)
                 engine = view.report.engine

@@ -4,9 +4,10 @@ import dataclasses
 
 from cluster import structs
 from cluster.engine import Engine, EngineConfig, Send
-from cluster.prefixes import Prefixes, blocks_of
+from cluster.prefixes import Prefixes
 from cluster.protocol import CacheChanges, CacheResync, EngineStats, Place, Placement, Submit
 from cluster.scheduler import GlobalScheduler, SchedulerConfig
+from kv.index import unpack
 from kv.names import BlockNames, pack
 from tests.cluster.messages import BATCH, place, ready, report, request, result
 
@@ -88,9 +89,9 @@ def test_a_gap_is_closed_by_asking_for_the_whole() -> None:
     assert cluster.asked_for_the_whole() == [], "it was just asked"
     cluster.scheduler.receive(told("b", PROMPT, number=4), 7.0)
     assert cluster.asked_for_the_whole() == [CacheResync("b", 1)], "but not for ever"
-    assert cluster.scheduler._prefixes.overlap(blocks_of(NAMES.of_prompt(PROMPT))) == {"b": 2}
+    assert cluster.scheduler._prefixes.overlap(unpack(NAMES.of_prompt(PROMPT))) == {"b": 2}
     cluster.scheduler.receive(told("b", PROMPT[:20], number=5, whole=True), 8.0)
-    assert cluster.scheduler._prefixes.overlap(blocks_of(NAMES.of_prompt(PROMPT))) == {"b": 5}
+    assert cluster.scheduler._prefixes.overlap(unpack(NAMES.of_prompt(PROMPT))) == {"b": 5}
 
 
 def test_a_scheduler_that_comes_later_asks_for_what_it_missed() -> None:
@@ -131,5 +132,5 @@ def test_an_engine_tells_what_it_has_and_tells_it_again() -> None:
 
 
 def test_names_are_those_of_whole_blocks() -> None:
-    assert len(blocks_of(NAMES.of_prompt(PROMPT))) == len(PROMPT) // SIZE
+    assert len(unpack(NAMES.of_prompt(PROMPT))) == len(PROMPT) // SIZE
     assert NAMES.of(pack(PROMPT)) == NAMES.of_prompt(PROMPT)
