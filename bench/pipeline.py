@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING
 from bench import options
 from bench.report import Cell, Report, command_line
 from bench.timeline import Span, bubble, draw
+from cluster.actions import KillWorkers, Send
 from cluster.channel import Mailbox
 from cluster.config import BatchConfig, Config, batch_settings
-from cluster.engine import Engine, EngineConfig, KillWorkers, Send
+from cluster.engine import Engine, EngineConfig
 from cluster.protocol import Deltas, EngineMessage, Request, SamplingParams, StageTimes, Submit, WorkerReady
 from parallel.rendezvous import StoreServer
 from workers.rank import run_rank

@@ -35,8 +35,9 @@ import numpy as np
 from bench import options
 from bench.report import Cell, Report, command_line
 from bench.workload import Shape, TraceError, read_trace, scaled
+from cluster.actions import StartWorkers
 from cluster.config import BatchConfig, PlacementPolicy
-from cluster.engine import Engine, EngineConfig, StartWorkers
+from cluster.engine import Engine, EngineConfig
 from cluster.protocol import (
     ChunkResult,
     Deltas,

@@ -12,8 +12,10 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from cluster.batcher import Batcher, Counters
+from cluster.actions import KillWorkers, Send, StartWorkers
+from cluster.batcher import Batcher
 from cluster.config import BatchConfig, ConfigError
+from cluster.engine_metrics import EngineMetrics
 from cluster.protocol import (
     CacheChanges,
     CacheResync,
@@ -24,7 +26,6 @@ from cluster.protocol import (
     EngineMessage,
     EngineReport,
     EngineStats,
-    MetricSample,
     Ping,
     Pong,
     Rejected,
@@ -56,30 +57,7 @@ _PING_S = 2.0
 """Workers end when they have not heard of their engine for a minute."""
 
 
-@dataclass(frozen=True)
-class Send:
-    """Put a message into the mailbox at `address`."""
-
-    address: str
-    message: RouterMessage | SchedulerMessage | WorkerMessage
-
-
-@dataclass(frozen=True)
-class StartWorkers:
-    """Start all ranks for `epoch`; each will answer WorkerReady or WorkerFailed to the engine's address."""
-
-    epoch: int
-
-
-@dataclass(frozen=True)
-class KillWorkers:
-    """Kill all ranks of `epoch` and make sure that they are dead, frozen ones too."""
-
-    epoch: int
-    reason: str
-
-
-Action = Send | StartWorkers | KillWorkers
+Action = Send[RouterMessage | SchedulerMessage | WorkerMessage] | StartWorkers | KillWorkers
 
 
 @dataclass(frozen=True)
@@ -100,37 +78,6 @@ class EngineConfig:
     longest_backoff_s: float = 30.0
     names: BlockNames | None = None
     """For a scheduler that places by prefixes: how it is told of blocks. None: it need not be told."""
-
-
-@dataclass
-class Metrics:
-    """Running totals of an engine's process."""
-
-    steps: int = 0
-    tokens_computed: int = 0
-    batches: Counters = field(default_factory=Counters)
-    epochs: int = 0
-    stage_seconds: dict[int, float] = field(default_factory=dict)
-    """By stage: how long its leader computed."""
-    channel: list[MetricSample] = field(default_factory=list)
-    """Of its mailbox, which the process around it owns."""
-
-    def samples(self, engine: str) -> list[MetricSample]:
-        """As MetricSamples."""
-        labels = (("engine", engine),)
-        return [
-            MetricSample("rayline:iterations_total", labels, float(self.steps)),
-            MetricSample("rayline:computed_tokens_total", labels, float(self.tokens_computed)),
-            MetricSample("vllm:num_preemptions_total", labels, float(self.batches.preemptions)),
-            MetricSample("vllm:prefix_cache_queries_total", labels, float(self.batches.looked_up)),
-            MetricSample("vllm:prefix_cache_hits_total", labels, float(self.batches.cached)),
-            MetricSample("rayline:engine_epochs_total", labels, float(self.epochs)),
-            *(
-                MetricSample("rayline:stage_compute_seconds_total", (*labels, ("stage", str(stage))), seconds)
-                for stage, seconds in sorted(self.stage_seconds.items())
-            ),
-            *self.channel,
-        ]
 
 
 @dataclass
@@ -164,7 +111,7 @@ class Engine:
     def __init__(self, config: EngineConfig, first_epoch: int, now: float) -> None:
         """`first_epoch` must be above every epoch of an engine of this name that was ever started: take unix milliseconds."""
         self.config = config
-        self.metrics = Metrics()
+        self.metrics = EngineMetrics()
         self._scheduler = config.scheduler
         self._actions: list[Action] = []
         self._requests: dict[str, Request] = {}

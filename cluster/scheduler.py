@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.actions import KillEngine, Send
 from cluster.config import PlacementPolicy
 from cluster.engine_view import EngineView
 from cluster.metrics import Totals
@@ -37,21 +38,6 @@ from cluster.protocol import (
     Withdraw,
 )
 from kv.index import unpack
-
-
-@dataclass(frozen=True)
-class Send:
-    """Put a message into the mailbox at `address`."""
-
-    address: str
-    message: RouterMessage | EngineMessage
-
-
-@dataclass(frozen=True)
-class KillEngine:
-    """End the process of the engine of this name, which does not speak any more, so that it is started anew."""
-
-    engine: str
 
 
 @dataclass(frozen=True)
@@ -121,7 +107,7 @@ class GlobalScheduler:
         self._totals = Totals()
         self._silent: dict[str, _Silence] = {}
         """By engine."""
-        self._messages: list[Send] = []
+        self._messages: list[Send[RouterMessage | EngineMessage]] = []
         self._kills: list[KillEngine] = []
         self._next_heartbeat = now
         self._ticked_at = now
@@ -131,7 +117,7 @@ class GlobalScheduler:
         self._prefixes = Prefixes(config.max_index_blocks)
         self._turnover = Turnover()
 
-    def take_messages(self) -> list[Send]:
+    def take_messages(self) -> list[Send[RouterMessage | EngineMessage]]:
         """All that is to be sent now, in order; each is returned once."""
         messages, self._messages = self._messages, []
         return messages

@@ -10,6 +10,7 @@ was bound to, at the index the choice has reached, are let through: an engine th
 
 from dataclasses import dataclass, field
 
+from cluster.actions import Send
 from cluster.protocol import (
     Cancel,
     ClusterStatus,
@@ -30,14 +31,6 @@ from cluster.protocol import (
     Withdraw,
 )
 from router.generation import ChoiceDelta, Generation, Overloaded, TimedOut, TooLarge, Unavailable
-
-
-@dataclass(frozen=True)
-class Send:
-    """Put a message into the mailbox at `address`."""
-
-    address: str
-    message: SchedulerMessage | EngineMessage
 
 
 @dataclass(frozen=True)
@@ -137,10 +130,10 @@ class Journal:
         self._entries: dict[str, _Entry] = {}
         self._missing: dict[str, float] = {}
         """Engines that requests are bound to and the scheduler does not name: since when."""
-        self._messages: list[Send] = []
+        self._messages: list[Send[SchedulerMessage | EngineMessage]] = []
         self._news: list[News] = []
 
-    def take_messages(self) -> list[Send]:
+    def take_messages(self) -> list[Send[SchedulerMessage | EngineMessage]]:
         """All that is to be sent now, in order; each is returned once."""
         messages, self._messages = self._messages, []
         return messages

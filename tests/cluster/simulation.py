@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster import engine as engines
+from cluster.actions import KillWorkers, Send, StartWorkers
 from cluster.config import BatchConfig
 from cluster.protocol import Ping, Pong, RouterHello, SamplingParams, StepPlan, WorkerReady
 from cluster.scheduler import GlobalScheduler, SchedulerConfig
@@ -240,11 +241,11 @@ class Simulation:
                 continue
             for action in engine.take_actions():
                 match action:
-                    case engines.Send():
+                    case Send():
                         self._send(name, action.address, action.message)
-                    case engines.StartWorkers():
+                    case StartWorkers():
                         self._start_workers(name, action.epoch)
-                    case engines.KillWorkers():
+                    case KillWorkers():
                         self._worker_lives(name)
 
     def _tick(self) -> None:

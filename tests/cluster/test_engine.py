@@ -5,7 +5,8 @@ from typing import TypeVar
 
 import pytest
 
-from cluster.engine import Engine, EngineConfig, KillWorkers, Send, StartWorkers
+from cluster.actions import KillWorkers, Send, StartWorkers
+from cluster.engine import Engine, EngineConfig
 from cluster.protocol import (
     Cancel,
     Deltas,

@@ -3,7 +3,8 @@
 import dataclasses
 
 from cluster import structs
-from cluster.engine import Engine, EngineConfig, Send
+from cluster.actions import Send
+from cluster.engine import Engine, EngineConfig
 from cluster.prefixes import Prefixes
 from cluster.protocol import CacheChanges, CacheResync, EngineStats, Place, Placement, Submit
 from cluster.scheduler import GlobalScheduler, SchedulerConfig

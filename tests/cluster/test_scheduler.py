@@ -4,6 +4,7 @@ from typing import TypeVar
 
 import pytest
 
+from cluster.actions import KillEngine
 from cluster.protocol import (
     ClusterStatus,
     EngineDown,
@@ -17,7 +18,7 @@ from cluster.protocol import (
     Stop,
     Withdraw,
 )
-from cluster.scheduler import GlobalScheduler, KillEngine, SchedulerConfig
+from cluster.scheduler import GlobalScheduler, SchedulerConfig
 from tests.cluster.messages import place, report
 
 M = TypeVar("M")

@@ -1,0 +1,37 @@
+"""What an engine counts."""
+
+from dataclasses import dataclass, field
+
+from cluster.batcher import Counters
+from cluster.protocol import MetricSample
+
+
+@dataclass
+class EngineMetrics:
+    """Running totals of an engine's process."""
+
+    steps: int = 0
+    tokens_computed: int = 0
+    batches: Counters = field(default_factory=Counters)
+    epochs: int = 0
+    stage_seconds: dict[int, float] = field(default_factory=dict)
+    """By stage: how long its leader computed."""
+    channel: list[MetricSample] = field(default_factory=list)
+    """Of its mailbox, which the process around it owns."""
+
+    def samples(self, engine: str) -> list[MetricSample]:
+        """As MetricSamples."""
+        labels = (("engine", engine),)
+        return [
+            MetricSample("rayline:iterations_total", labels, float(self.steps)),
+            MetricSample("rayline:computed_tokens_total", labels, float(self.tokens_computed)),
+            MetricSample("vllm:num_preemptions_total", labels, float(self.batches.preemptions)),
+            MetricSample("vllm:prefix_cache_queries_total", labels, float(self.batches.looked_up)),
+            MetricSample("vllm:prefix_cache_hits_total", labels, float(self.batches.cached)),
+            MetricSample("rayline:engine_epochs_total", labels, float(self.epochs)),
+            *(
+                MetricSample("rayline:stage_compute_seconds_total", (*labels, ("stage", str(stage))), seconds)
+                for stage, seconds in sorted(self.stage_seconds.items())
+            ),
+            *self.channel,
+        ]

@@ -1,0 +1,86 @@
+"""Engine <-> workers: iterations."""
+
+from cluster.protocol.base import Wire
+from cluster.protocol.requests import SamplingParams
+from cluster.protocol.tokens import TokenLogprobs
+
+
+class NewSequence(Wire, kw_only=True):
+    """All a worker must know of a sequence, sent once."""
+
+    choice: int
+    prompt: list[int]
+    emitted: list[int]
+    params: SamplingParams
+
+
+class Admission(Wire):
+    """A sequence enters (or, after a preemption, re-enters) the running set with this block table.
+
+    The first `num_computed` positions of the table hold valid KV; `new` comes with the first admission only.
+    """
+
+    seq: int
+    num_computed: int
+    blocks: list[int]
+    new: NewSequence | None = None
+
+
+class Chunk(Wire):
+    """Run positions [start, start + num_tokens) of a sequence: prefill, decode and verification alike."""
+
+    seq: int
+    start: int
+    num_tokens: int
+    new_blocks: list[int]
+    """Appended to the block table before the chunk runs."""
+    tokens: list[int]
+    """Ids at the chunk's last len(tokens) positions, where a worker can't have them yet. Empty for prompts, which came with the
+    sequence, and where the worker that samples is the one that embeds."""
+    sample: bool
+    """Draw a token from the logits of the last position."""
+    scores: tuple[int, int] | None = None
+    """[first, end): prompt positions whose log-probabilities are wanted; the logits one position before tell each of them."""
+
+
+class StepPlan(Wire, tag=True, kw_only=True):
+    """Engine -> first stage -> next stage ...: one iteration, as differences.
+
+    Order of execution: drop `finished`, apply `admitted`, run `copies` in order, run `chunks` as one batch in the order given.
+    """
+
+    epoch: int
+    step: int
+    admitted: list[Admission]
+    chunks: list[Chunk]
+    copies: list[tuple[int, int]]
+    """(source block, destination block), whole blocks, all layers."""
+    finished: list[int]
+
+
+class ChunkResult(Wire):
+    """Of one chunk with `sample`: the tokens drawn (several only for verified drafts)."""
+
+    seq: int
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]
+
+
+class PromptScores(Wire):
+    """Of one chunk with `scores`: the log-probabilities of its prompt positions, from `first` on."""
+
+    seq: int
+    first: int
+    logprobs: list[TokenLogprobs]
+
+
+class StepResult(Wire, tag=True, kw_only=True):
+    """Last stage -> engine."""
+
+    epoch: int
+    step: int
+    results: list[ChunkResult]
+    compute_s: float = 0.0
+    error: str | None = None
+    """A worker's exception: the epoch is over."""
+    scores: list[PromptScores] = []
