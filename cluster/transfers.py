@@ -307,7 +307,8 @@ class Transfers:
     def hung(self, now: float) -> str:
         """Why the epoch has to end: a rank that does not say what became of a transfer. "" if there is none."""
         limit = 4 * self._within_s
-        hanging = [transfer.name for transfer in (*self._pulls.values(), *self._loans.values()) if now - transfer.began > limit]
+        transfers: list[_Pull | _Loan] = [*self._pulls.values(), *self._loans.values()]
+        hanging = [transfer.name for transfer in transfers if now - transfer.began > limit]
         return f"no word of the transfer {hanging[0]} for {limit:.0f} s" if hanging else ""
 
 
