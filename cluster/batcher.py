@@ -34,7 +34,7 @@ from cluster.protocol import (
 )
 from cluster.request import Scoring, Sequence, why_impossible
 from kv.manager import KVManager
-from kv.radix import NO_MATCH, PrefixMatch
+from kv.radix import NO_MATCH, Key, PrefixMatch
 
 _LEAST_CHUNK = 16
 """Tokens of a prompt in one plan, at least, where there are as many."""
@@ -73,6 +73,8 @@ class Batcher:
         self._cost = StepCost()
         self._gone: list[int] = []
         """Sequences the workers may forget with the next plan."""
+        self._besides: dict[int, int] = {}
+        """Tables that are no sequence's: their tokens."""
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -80,8 +82,8 @@ class Batcher:
         """The reason why `request` could never run here, or None."""
         return why_impossible(request, self.config.max_sequence_tokens)
 
-    def add(self, request: Request, now: float) -> None:
-        """Queue all choices of a request that `why_impossible` has nothing against."""
+    def add(self, request: Request, now: float) -> Sequence:
+        """Queue all choices of a request that `why_impossible` has nothing against. Returns the one that computes the prompt."""
         choices = [c for c in range(request.params.n) if not request.finished[c]]
         sequences: dict[int, Sequence] = {}
         forks = self.config.reservation == "paged" and self.config.batching == "continuous"
@@ -96,6 +98,7 @@ class Batcher:
                 self.line.join(sequence)
             sequences[choice] = sequence
         self._requests[request.id] = sequences
+        return sequences[choices[0]]
 
     def cancel(self, request: str, choices: list[int] | None = None) -> None:
         """Nobody waits for these choices (default: all) any more. Their blocks are freed when their plans have returned."""
@@ -112,6 +115,36 @@ class Batcher:
     def num_sequences(self) -> int:
         """Sequences that still run or wait."""
         return sum(len(live) for live in self._requests.values())
+
+    # --- KV on its way from or to another engine (cluster/transfers.py) ---------------------------------------------
+
+    def open_table(self, match: PrefixMatch, salt: str, num_tokens: int) -> int | None:
+        """A table that is no sequence's: it holds the blocks of `match`, and new ones up to `num_tokens`. None if running sequences
+        have a claim on those."""
+        kv = self.kv
+        taken = kv.blocks_for(num_tokens) - len(match.blocks) + match.idle
+        if taken > kv.num_free - self._blocks_promised():
+            return None
+        seq = self._next_seq
+        self._next_seq += 1
+        kv.admit(seq, match, salt, num_tokens)
+        kv.allocate(seq, num_tokens)
+        self._besides[seq] = num_tokens
+        return seq
+
+    def close_table(self, seq: int, key: Key = b"", num_tokens: int = 0) -> None:
+        """End it. What it has of the first `num_tokens` of the packed tokens `key` can be found from now on."""
+        del self._besides[seq]
+        self.kv.release(seq, key, num_tokens)
+
+    def set_aside(self, sequence: Sequence) -> None:
+        """It waits for KV, not for a place."""
+        self.line.set_aside(sequence)
+
+    def bring_back(self, sequence: Sequence) -> None:
+        """It waits for its place again, if anybody still waits for it."""
+        if self.line.bring_back(sequence):
+            sequence.expected = self._match(sequence).num_tokens
 
     # --- scheduling -------------------------------------------------------------------------------------------------
 
@@ -405,7 +438,7 @@ class Batcher:
 
     def stats(self) -> EngineStats:
         """Gauges of this moment."""
-        ledger = self.kv.ledger({s.seq: s.num_computed for s in self.running})
+        ledger = self.kv.ledger({s.seq: s.num_computed for s in self.running} | self._besides)
         return EngineStats(
             running=len(self.running),
             waiting=len(self.line),
@@ -422,7 +455,7 @@ class Batcher:
     def check_integrity(self) -> None:
         """Raise unless tables, running set and requests agree."""
         self.kv.check_integrity()
-        assert {s.seq for s in self.running} == set(self.kv.sequences), "tables and running set differ"
+        assert {s.seq for s in self.running} | self._besides.keys() == self.kv.sequences, "tables and running set differ"
         assert self.running == sorted(self.running, key=_order)
         assert self.line.waiting == sorted(self.line.waiting, key=_order)
         counted: dict[int, int] = {}
