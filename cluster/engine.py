@@ -435,17 +435,11 @@ class Engine:
             capacity=batcher.capacity() if batcher else Credit(0, 0),
             max_sequence_tokens=batcher.config.max_sequence_tokens if batcher else 0,
             accepted=accepted,
-            stats=self._stats(),
+            stats=batcher.stats() if batcher else EngineStats(),
             metrics=running.samples(self.config.name),
             cache_changes=self._epoch.announced,
         )
         self._send(self._scheduler, report)
-
-    def _stats(self) -> EngineStats:
-        stats = self.batcher.stats() if self.batcher is not None else EngineStats()
-        if self._epoch.transfers is not None:
-            stats.pull_cost = self._epoch.transfers.worth.cost
-        return stats
 
     def _announce(self, changes: list[tuple[bool, bytes]], now: float, whole: bool = False) -> None:
         """Tell the scheduler how the radix tree has changed, for its prefix index."""

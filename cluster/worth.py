@@ -55,10 +55,3 @@ class Worth:
                 return False
         self._tried_at = now
         return True
-
-    @property
-    def cost(self) -> float:
-        """What a token that is moved costs, where one that is computed costs 1; 1 as long as that is not known."""
-        if not (self._computing.known and self._moving.known) or self._computing.mean <= 0.0:
-            return 1.0
-        return min(1.0, self._moving.mean / self._computing.mean)

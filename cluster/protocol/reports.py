@@ -25,8 +25,6 @@ class EngineStats(Wire, kw_only=True):
     """Besides blocks_used: kept for requests to come, given up where there is need."""
     backlog: int = 0
     """Tokens of prompts, known and neither computed, nor in a launched plan, nor in the prefix cache when they came."""
-    pull_cost: float = 1.0
-    """What a token costs whose KV is pulled from another engine, where one that is computed costs 1; 1 also where none is."""
 
 
 class MetricSample(Wire):
