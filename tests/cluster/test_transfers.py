@@ -323,6 +323,7 @@ def test_worth() -> None:
     worth.moved(1000, 0.1, 0.15)
     assert worth.pays(100, 1.0)
     assert not worth.pays(50, 2.0), "0.05 s to wait, 0.05 s to compute"
+    assert worth.pays(100, 3.0)
     for _ in range(50):
         worth.moved(1000, 2.0, 2.0)
     assert not worth.pays(1000, 3.0)
