@@ -5,8 +5,9 @@ no edges: one table from a name to the set of engines that have it, a set being 
 shrink, so the places where they do are found by galloping; no step grows with the index.
 
 The table is cut into shards: none is large enough for its growth, or for the sweeping out of a dead engine's bits, to be felt.
-Answers may be stale; that costs speed, never correctness, since engines compare tokens. So may they be where the table is full and
-thinned out: of a long prompt that was told piece by piece the beginning may go first, and the rest is then not found any more.
+Answers may be stale; that costs speed, never correctness, since engines compare tokens. When the table is full, the names that were
+told the longest ago go, unless they were found since. Of a prompt that was told piece by piece that is the beginning; it is put back
+when what follows it is asked for.
 """
 
 import itertools
@@ -32,7 +33,12 @@ class PrefixIndex:
     def __init__(self, max_blocks: int = 1 << 24, expected_s: float = 5.0) -> None:
         """`max_blocks`: names kept, the least recently used go first. `expected_s`: how long at least an expectation counts."""
         self._shards: list[dict[int, int]] = [{} for _ in range(_SHARDS)]
+        self._count = 0
+        """Names in the shards."""
         self._most = max(2, max_blocks // _SHARDS)
+        """Names of a shard."""
+        self._used = bytearray()
+        """1: a name with these last bits was found, and is passed over when its shard is thinned. Empty while there is much room."""
         self._slots: dict[str, int] = {}
         """The bit of each engine."""
         self._engines: list[str] = []
@@ -49,8 +55,8 @@ class PrefixIndex:
         self._turned_at = 0.0
 
     def __len__(self) -> int:
-        """Names in the table. Slow."""
-        return sum(map(len, self._shards))
+        """Names in the table."""
+        return self._count
 
     # --- what engines have ------------------------------------------------------------------------------------------
 
@@ -64,17 +70,7 @@ class PrefixIndex:
 
     def added(self, engine: str, names: bytes) -> None:
         """The engine has these blocks, joined in the order of a prompt."""
-        bit = self._masks[self._slot(engine)]
-        shards, most, mask = self._shards, self._most, _SHARDS - 1
-        for name in reversed(unpack(names)):  # so that of one prompt the beginning goes last, without which the rest is not found
-            shard = shards[name & mask]
-            known = shard.get(name)
-            if known is None:
-                shard[name] = bit
-                if len(shard) > most:
-                    self._thin(name & mask)
-            elif not known & bit:
-                shard[name] = known | bit
+        self._put(unpack(names), self._masks[self._slot(engine)])
 
     def removed(self, engine: str, names: bytes) -> None:
         """The engine has these blocks no more."""
@@ -84,11 +80,12 @@ class PrefixIndex:
         bit, shards = self._masks[slot], self._shards
         for name in unpack(names):
             shard = shards[name & (_SHARDS - 1)]
-            left = shard.get(name, 0) & ~bit
-            if left:
+            known = shard.get(name, 0)
+            if left := known & ~bit:
                 shard[name] = self._interned(left)
-            else:
-                shard.pop(name, None)
+            elif known:
+                del shard[name]
+                self._count -= 1
 
     def expect(self, engine: str, names: Sequence[int], now: float) -> None:
         """A request with these blocks is on its way to the engine: it will have them, unless it does not tell so soon."""
@@ -111,6 +108,21 @@ class PrefixIndex:
             self._dirty[slot] -= _SWEPT
             if self._dirty[slot] <= 0:
                 del self._dirty[slot]
+
+    def _put(self, names: Sequence[int], holders: int) -> None:
+        shards, most, mask = self._shards, self._most, _SHARDS - 1
+        fresh = 0
+        for name in reversed(names):  # so that of one prompt the beginning goes last
+            shard = shards[name & mask]
+            known = shard.get(name)
+            if known is None:
+                shard[name] = holders
+                fresh += 1
+                if len(shard) > most:
+                    self._thin(name & mask)
+            elif known & holders != holders:
+                shard[name] = known | holders
+        self._count += fresh
 
     def _turn(self, now: float) -> None:
         if now - self._turned_at >= self._expected_s:
@@ -139,22 +151,43 @@ class PrefixIndex:
                 shard[name] = self._interned(left)
             else:
                 del shard[name]
+                self._count -= 1
 
     def _thin(self, number: int) -> None:
-        """Drop the names that were added or found the longest ago: a quarter of the shard."""
+        """Drop a quarter of the shard: the oldest, but for those that were found since, which are passed over once."""
         shard = self._shards[number]
-        self._shards[number] = dict(itertools.islice(shard.items(), len(shard) // 4, None))
+        drop = max(1, len(shard) // 4)
+        self._count -= drop
+        used, rest, passed = self._marks(), iter(shard.items()), {}
+        mask = len(used) - 1
+        for name, holders in rest:
+            if used[name & mask]:
+                passed[name] = holders
+            else:
+                drop -= 1
+                if not drop:
+                    break
+        for name in passed:
+            used[name & mask] = 0
+        kept = dict(rest)
+        kept.update(passed)  # which so are as good as new
+        self._shards[number] = dict(itertools.islice(kept.items(), drop, None)) if drop else kept
+
+    def _marks(self) -> bytearray:
+        if not self._used:
+            self._used = bytearray(1 << (self._most * _SHARDS - 1).bit_length())
+        return self._used
 
     # --- asking -----------------------------------------------------------------------------------------------------
 
     def overlap(self, names: Sequence[int]) -> dict[str, int]:
         """How many of a prompt's first blocks each engine has, or is expected to have soon. Engines without the first: left out."""
         found: dict[str, int] = {}
-        depth, count = 0, len(names)
-        holders = self._holders(names[0]) if count else 0
+        depth = 0
+        holders = self._mended(names, 0)
         while holders:
             depth = self._reach(names, depth, holders)
-            left = self._holders(names[depth]) & holders if depth < count else 0
+            left = self._mended(names, depth) & holders
             found.update(dict.fromkeys(self._with_bits(holders & ~left), depth))
             holders = left
         self._touch(names[:depth])
@@ -165,6 +198,23 @@ class PrefixIndex:
         # As digits, which is much faster than one bit after the other where a thousand engines have the same beginning.
         digits = f"{mask:b}"[::-1].encode().translate(_DIGITS)  # the lowest bit first
         return itertools.compress(self._engines, digits)
+
+    def _mended(self, names: Sequence[int], depth: int) -> int:
+        """Who has the block at `depth`, nobody behind the last one. If it was thinned out, it is put back with what is known of
+        those behind it: who has one of them has all before it."""
+        count = len(names)
+        if depth == count:
+            return 0
+        if self._used and names[depth] not in self._shards[names[depth] & (_SHARDS - 1)]:
+            step = 1
+            while depth + step < count:
+                behind = names[depth + step]
+                known = self._shards[behind & (_SHARDS - 1)].get(behind, 0) & self._alive
+                if known:
+                    self._put(names[depth : depth + step], self._interned(known))
+                    break
+                step *= 2
+        return self._holders(names[depth])
 
     def _holders(self, name: int) -> int:
         new, old = self._expected
@@ -190,9 +240,10 @@ class PrefixIndex:
         return high
 
     def _touch(self, names: Sequence[int]) -> None:
-        """These were found: they go later than others, where there is need."""
-        shards, many = self._shards, self._most // 2
-        for name in reversed(names):
-            shard = shards[name & (_SHARDS - 1)]
-            if len(shard) > many and (mask := shard.pop(name, 0)):
-                shard[name] = mask
+        """These were found: they go later than others, where there may soon be need."""
+        if not self._used and self._count < self._most * _SHARDS // 2:
+            return
+        used = self._marks()
+        mask = len(used) - 1
+        for name in names:
+            used[name & mask] = 1

@@ -1,5 +1,7 @@
 """The prefix index against one set of names for each engine."""
 
+import struct
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,9 +100,52 @@ def test_the_longest_unused_names_go_first_and_beginnings_last() -> None:
     index.added("a", chain(used))
     for prompt in others:
         index.added("a", chain(prompt))
-        assert index.overlap(unpack(chain(used)))["a"] > 800, "but for shards that happen to be crowded"
+        assert index.overlap(unpack(chain(used)))["a"] > 990, "but for the last ones, where a shard is crowded"
     assert len(index) <= 4096 * 4
     assert sum(index.overlap(unpack(chain(prompt))).get("a", 0) for prompt in others[:10]) < 1000
+
+
+def test_a_beginning_that_was_thinned_out_is_found_by_what_follows_it() -> None:
+    index = PrefixIndex(max_blocks=4096 * 16)
+    prompt = chain(list(range(2000)))
+    names = unpack(prompt)
+    index.added("a", prompt[: 1000 * NAME_BYTES])
+    number = 10_000
+    while names[0] in index._shards[names[0] % 4096]:
+        index.added("b", chain(list(range(number, number + 1000))))
+        number += 1000
+    index.added("a", prompt[1000 * NAME_BYTES :])
+    assert index.overlap(names[:1]) == {}
+    assert index.overlap(names) == {"a": 2000}
+    assert index.overlap(names[:1]) == {"a": 1}, "it is known again"
+    assert len(index) == sum(map(len, index._shards))
+    assert len(index) <= 4096 * 16
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 7)), max_size=60))
+def test_what_was_found_is_passed_over_when_its_shard_is_thinned(steps: list[tuple[bool, int]]) -> None:
+    """One shard of four names beside others that are full enough for an upkeep. Marks are shared by names with equal last bits."""
+    index = PrefixIndex(max_blocks=4096 * 4)
+    index.added("a", b"".join(struct.pack("<2Q", shard, shard + 4096) for shard in range(1, 4096)))
+    index.added("a", struct.pack("<4Q", *range((1 << 20) + 1, (1 << 20) + 5)))
+    kept: list[int] = []
+    """The oldest first."""
+    marks: set[int] = set()
+    for found, number in steps:
+        name = number << 12
+        if found:
+            assert index.overlap([name]) == ({"a": 1} if name in kept else {})
+            marks |= {number % 4} if name in kept else set()
+        elif name not in kept:
+            index.added("a", struct.pack("<Q", name))
+            kept.append(name)
+        if len(kept) > 4:
+            gone = next((name for name in kept if (name >> 12) % 4 not in marks), None)
+            passed = kept if gone is None else kept[: kept.index(gone)]
+            marks -= {(name >> 12) % 4 for name in passed}
+            kept = [name for name in [*kept[len(passed) :], *passed] if name != (kept[0] if gone is None else gone)]
+        assert len(index) == sum(map(len, index._shards))
+        assert list(index._shards[0]) == kept
 
 
 @pytest.mark.parametrize("salt", ["", "x"])
