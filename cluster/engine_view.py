@@ -1,6 +1,7 @@
 """An engine as the global scheduler sees it: its last report, and what was bound to it since."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cluster import placement
@@ -24,6 +25,8 @@ class EngineView:
     heard_at: float
     max_sequence_tokens: int
     """The last known one: an engine that loads again will most likely hold what it held."""
+    changed: set[str]
+    """Where it puts its name when what takes() says may have changed."""
     bindings: dict[tuple[str, int], _Binding] = field(default_factory=dict)
     bound: Credit = field(default_factory=lambda: Credit(0, 0))
     """The sum of the bindings."""
@@ -59,6 +62,7 @@ class EngineView:
         sequences = stats.running + stats.waiting + self.bound.sequences
         self.pool_tokens = max(1, capacity.tokens)
         self.delay = placement.delay(stats.backlog + self.bound_work, sequences)
+        self.changed.add(self.name)
 
     @property
     def left(self) -> Credit:
@@ -87,3 +91,11 @@ class EngineView:
         self.bound = Credit(self.bound.tokens + sign * binding.tokens, self.bound.sequences + sign * binding.sequences)
         self.bound_work += sign * binding.work
         self._refresh()
+
+
+def that_take(views: Iterable[EngineView], place: Place) -> list[EngineView]:
+    """Those of `views` whose takes() is true, as fast as can be."""
+    longest, tokens, sequences = place.longest, place.num_tokens, place.sequences
+    return [
+        view for view in views if longest <= view._longest and tokens <= view._most_tokens and sequences <= view._most_sequences
+    ]

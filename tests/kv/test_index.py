@@ -60,17 +60,29 @@ def test_overlap_is_what_each_tree_has(data: st.DataObject) -> None:
     assert len(index) == len({p for tree in trees.values() for p in tree}), "nothing is left of the dead"
 
 
-def test_a_dead_engines_place_is_not_taken_before_it_is_swept() -> None:
+@pytest.mark.parametrize("expected", [False, True])
+def test_a_dead_engines_place_is_not_taken_before_all_is_swept(monkeypatch: pytest.MonkeyPatch, expected: bool) -> None:
+    monkeypatch.setattr("kv.index._LOOKED", 100)
     index = PrefixIndex()
-    index.added("a", chain([1, 2, 3]))
-    index.forget("a")
-    index.added("b", chain([9]))
-    assert index.overlap(unpack(chain([1, 2, 3]))) == {}
-    for _ in range(256):
-        index.tick(0.0)
-    index.added("c", chain([8]))
-    assert index.overlap(unpack(chain([1, 2, 3]))) == {}
-    assert index.overlap(unpack(chain([8]))) == {"c": 1}
+    theirs = struct.pack("<8192Q", *range(8192))  # two in each shard
+    names = unpack(theirs)
+    index.added("other", theirs)
+    index.added("dead", theirs)
+    if expected:
+        index.expect("dead", names[:64], 0.0)
+    place = index._slots["dead"]
+    index.forget("dead")
+    for tick in range(2000):
+        index.added(f"new {tick}", struct.pack("<Q", 1 << 20))
+        if index._slots[f"new {tick}"] == place:
+            break
+        assert all(index.overlap([name]) == {"other": 1} for name in names[tick % 64 :: 64])
+        before = index._swept
+        index.tick(20.0 if tick > 1000 else 0.0)
+        assert index._swept - before <= 100 // 16 + 1, "a few at a time"
+    assert index._swept == 4096
+    assert tick > 1000 if expected else tick < 1000
+    assert all(index.overlap([name]) == {"other": 1} for name in names), "nothing that the dead one had is the new one's"
 
 
 def test_what_is_expected_counts_for_a_while() -> None:
@@ -84,6 +96,31 @@ def test_what_is_expected_counts_for_a_while() -> None:
     index.tick(105.0)
     index.tick(110.0)
     assert index.overlap(names) == {"a": 1}
+
+
+def test_of_many_expectations_the_oldest_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kv.index._PORTION", 10)
+    monkeypatch.setattr("kv.index._PORTIONS", 3)
+    index = PrefixIndex()
+    prompts = [unpack(chain(list(range(n, n + 4)))) for n in range(0, 40, 4)]
+    for number, names in enumerate(prompts):
+        index.expect("a", names, 0.0)
+        assert index.overlap(names) == {"a": 4}
+        assert index.overlap(prompts[max(0, number - 4)]) == {"a": 4}
+        assert sum(map(len, index._expected.portions)) <= 30
+    assert index.overlap(prompts[0]) == {}
+    long = unpack(chain(list(range(100, 150))))
+    index.expect("b", long, 0.0)
+    assert index.overlap(long) == {"b": 10}, "what there is room for"
+
+
+def test_several_engines_are_expected_to_have_the_same() -> None:
+    index = PrefixIndex()
+    names = unpack(chain([1, 2, 3, 4]))
+    index.expect("a", names[:2], 0.0)
+    index.expect("b", names, 0.0)
+    index.expect("a", names[2:3], 0.0)
+    assert index.overlap(names) == {"a": 3, "b": 4}
 
 
 def test_an_expectation_dies_with_its_engine() -> None:
