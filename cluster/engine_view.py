@@ -35,7 +35,7 @@ class EngineView:
     name: str = field(init=False)
     delay: float = field(init=False)
     """What it adds to the cost of any request, see cluster/placement.py."""
-    pool_tokens: int = field(init=False)
+    pool_tokens: float = field(init=False)
     """At least 1."""
     _longest: int = field(init=False)
     _most_tokens: float = field(init=False)
@@ -57,10 +57,10 @@ class EngineView:
         idle = report.credit == capacity and not self.bindings
         # The most of each that a request may have: any, where it needs no more than half of all there is and so much is left.
         self._longest = report.max_sequence_tokens if report.ready else -1
-        self._most_tokens = math.inf if idle or left.tokens >= max(1, capacity.tokens // 2) else left.tokens
-        self._most_sequences = math.inf if idle or left.sequences >= max(1, capacity.sequences // 2) else left.sequences
+        self._most_tokens = math.inf if idle or left.tokens >= max(1, capacity.tokens // 2) else float(left.tokens)
+        self._most_sequences = math.inf if idle or left.sequences >= max(1, capacity.sequences // 2) else float(left.sequences)
         sequences = stats.running + stats.waiting + self.bound.sequences
-        self.pool_tokens = max(1, capacity.tokens)
+        self.pool_tokens = float(max(1, capacity.tokens))
         self.delay = placement.delay(stats.backlog + self.bound_work, sequences)
         self.changed.add(self.name)
 
@@ -94,8 +94,9 @@ class EngineView:
 
 
 def that_take(views: Iterable[EngineView], place: Place) -> list[EngineView]:
-    """Those of `views` whose takes() is true, as fast as can be."""
-    longest, tokens, sequences = place.longest, place.num_tokens, place.sequences
+    """Those of `views` whose takes() is true."""
+    # Numbers of one type are compared twice as fast as an int with a float.
+    longest, tokens, sequences = place.longest, float(place.num_tokens), float(place.sequences)
     return [
         view for view in views if longest <= view._longest and tokens <= view._most_tokens and sequences <= view._most_sequences
     ]

@@ -48,7 +48,7 @@ class Turnover:
         """Weighted tokens of each engine."""
         self._weight = 1.0
 
-    def bound(self, engine: str, work: int, pools: int) -> None:
+    def bound(self, engine: str, work: int, pools: float) -> None:
         """`work` tokens, to be computed by `engine`; all engines' pools hold `pools` tokens."""
         self._weight *= math.exp(min(1.0, work / max(1, pools)))
         self.work[engine] = self.work.get(engine, 0.0) + work * self._weight
@@ -60,7 +60,7 @@ class Turnover:
         """Its pool is empty."""
         self.work.pop(engine, None)
 
-    def per_token(self, pools: int) -> float:
+    def per_token(self, pools: float) -> float:
         """What its work is to be multiplied by, over the tokens of that engine's pool, for its turnover; 0 if there was none."""
         total = sum(self.work.values())
         return pools / total if total else 0.0
@@ -71,24 +71,24 @@ class Loaded(Protocol):
 
     name: str
     delay: float
-    pool_tokens: int
+    pool_tokens: float
 
 
 E = TypeVar("E", bound=Loaded)
 
 
 def cheapest(
-    engines: Sequence[E], num_tokens: int, overlap: Mapping[str, int], block_size: int, turnover: Turnover, pools: int
+    engines: Sequence[E], num_tokens: int, overlap: Mapping[str, int], block_size: int, turnover: Turnover, pools: float
 ) -> E:
     """The engine with the least cost(); of equals the one that has more of the prompt, then the first by name. `overlap`: blocks
     of the prompt that engines have, by name. `pools`: as in Turnover."""
-    # All costs are made at once, which is much faster than to call cost() for each of a thousand engines.
-    per_token, work = turnover.per_token(pools), turnover.work
+    # All costs are made at once, and of floats only, which is much faster than to call cost() for each of a thousand engines.
+    per_token, work = turnover.per_token(pools), turnover.work.get
+    missing = {blocks: float(max(1, num_tokens - blocks * block_size)) for blocks in {0, *overlap.values()}}
     if per_token:
-        weights = [WORK + per_token * work.get(engine.name, 0.0) / engine.pool_tokens for engine in engines]
+        weights = [WORK + per_token * work(engine.name, 0.0) / engine.pool_tokens for engine in engines]
     else:
         weights = [WORK + 1.0] * len(engines)
-    missing = {blocks: max(1, num_tokens - blocks * block_size) for blocks in {0, *overlap.values()}}
     if overlap:
         known = overlap.get
         costs = [weight * missing[known(engine.name, 0)] + engine.delay for weight, engine in zip(weights, engines, strict=True)]

@@ -116,6 +116,8 @@ class GlobalScheduler:
         """Engines that may take now what they did not when the head of the queue was asked for last."""
         self._stuck: _Waiting | None = None
         """This head of the queue, which no other engine takes."""
+        self._pools: float | None = None
+        """Tokens of all engines' pools; None: to be added up anew."""
         self._over: dict[str, int] = {}
         """By engine: the last epoch known to be over."""
         self._routers: dict[str, float] = {}
@@ -196,6 +198,7 @@ class GlobalScheduler:
         view = self._engines.get(engine)
         if view is not None and view.report.epoch <= epoch:
             del self._engines[engine]
+            self._pools = None
             self.expect(engine, now)
             self._end_epoch(engine, epoch)
             self._tell_status()
@@ -310,7 +313,7 @@ class GlobalScheduler:
         ready = any(view.report.ready for view in views)
         return ready and all(place.longest > view.max_sequence_tokens for view in views)
 
-    def _choose(self, place: Place, able: list[EngineView], overlap: dict[str, int], pools: int) -> EngineView:
+    def _choose(self, place: Place, able: list[EngineView], overlap: dict[str, int], pools: float) -> EngineView:
         """One of the engines that take it. `overlap`: blocks of the prompt that engines have. `pools`: tokens of all engines'."""
         match self.config.placement:
             case "round_robin":
@@ -321,9 +324,11 @@ class GlobalScheduler:
             case "prefix":
                 return cheapest(able, place.num_tokens, overlap, self.config.block_size, self._turnover, pools)
 
-    def _pool_tokens(self) -> int:
+    def _pool_tokens(self) -> float:
         """Of all engines."""
-        return sum(view.pool_tokens for view in self._engines.values())
+        if self._pools is None:
+            self._pools = sum(view.pool_tokens for view in self._engines.values())
+        return self._pools
 
     # --- engines and routers ----------------------------------------------------------------------------------------
 
@@ -336,10 +341,13 @@ class GlobalScheduler:
         if view is None or report.epoch > view.report.epoch:
             self._end_epoch(report.engine, report.epoch - 1)
             limit = 0 if view is None else view.max_sequence_tokens
+            self._pools = None
             view = self._engines[report.engine] = EngineView(report, now, limit, self._changed)
             changed = True
         elif report.epoch == view.report.epoch and report.number > view.report.number:
             changed = report.ready != view.report.ready
+            if report.capacity != view.report.capacity:
+                self._pools = None
             view.hear(report, now)
         else:
             return

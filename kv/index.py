@@ -55,9 +55,9 @@ class _Expected:
             if len(self.portions) > _PORTIONS:
                 self._drop()
         portion = self.portions[-1]
-        fresh = dict.fromkeys(names[:_PORTION], bit)
-        fresh.update({name: portion[name] | bit for name in portion.keys() & fresh.keys()})
-        portion.update(fresh)
+        for name in names[:_PORTION]:
+            known = portion.get(name)
+            portion[name] = bit if known is None else known | bit
 
     def tick(self, now: float) -> None:
         """Drop what is old."""

@@ -59,12 +59,12 @@ def test_turnover_is_by_pool_and_fades_with_newer_work() -> None:
 class Engine:
     name: str
     delay: float
-    pool_tokens: int
+    pool_tokens: float
 
 
 # Of few values, so that there are equals.
 ENGINES = st.lists(
-    st.builds(Engine, st.text("abc", max_size=3), st.sampled_from([0.0, 64.0, 320.0]), st.sampled_from([1, 99, 500]))
+    st.builds(Engine, st.text("abc", max_size=3), st.sampled_from([0.0, 64.0, 320.0]), st.sampled_from([1.0, 99.0, 500.0]))
 )
 BLOCKS = st.dictionaries(st.text("abc", max_size=3), st.integers(1, 4))
 WORKED = st.lists(st.tuples(st.text("abc", max_size=3), st.integers(0, 300)), max_size=5)
