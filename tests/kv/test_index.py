@@ -159,6 +159,18 @@ def test_a_beginning_that_was_thinned_out_is_found_by_what_follows_it() -> None:
     assert len(index) <= 4096 * 16
 
 
+def test_what_is_found_again_and_again_stays() -> None:
+    index = PrefixIndex(max_blocks=4096 * 16)
+    used = chain(list(range(1000)))
+    names = unpack(used)
+    index.added("a", used)
+    for number in range(1000, 200_000, 1000):
+        index.added("a", chain(list(range(number, number + 1000))))
+        assert sum(name in index._shards[name % 4096] for name in names) > 950
+        assert index.overlap(names)["a"] == 1000
+    assert 4096 * 12 < len(index) <= 4096 * 16
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 7)), max_size=60))
 def test_what_was_found_is_passed_over_when_its_shard_is_thinned(steps: list[tuple[bool, int]]) -> None:
     """One shard of four names beside others that are full enough for an upkeep. Marks are shared by names with equal last bits."""
