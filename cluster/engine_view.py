@@ -26,7 +26,7 @@ class EngineView:
     max_sequence_tokens: int
     """The last known one: an engine that loads again will most likely hold what it held."""
     changed: set[str]
-    """Where it puts its name when what takes() says may have changed."""
+    """Where it puts its name when what that_take() says of it may have changed."""
     bindings: dict[tuple[str, int], _Binding] = field(default_factory=dict)
     bound: Credit = field(default_factory=lambda: Credit(0, 0))
     """The sum of the bindings."""
@@ -51,7 +51,7 @@ class EngineView:
         self._refresh()
 
     def _refresh(self) -> None:
-        """What takes() and a choice go by: every engine is asked for every request, which must not take long."""
+        """What that_take() and a choice go by: every engine is asked for every request, which must not take long."""
         report, left = self.report, self.left
         capacity, stats = report.capacity, report.stats
         idle = report.credit == capacity and not self.bindings
@@ -69,10 +69,6 @@ class EngineView:
         """Credit that is not bound."""
         credit = self.report.credit
         return Credit(credit.tokens - self.bound.tokens, credit.sequences - self.bound.sequences)
-
-    def takes(self, place: Place) -> bool:
-        """Whether the credit covers `place`. What is more than half of all there is needs an idle engine, or half of it free."""
-        return place.longest <= self._longest and place.num_tokens <= self._most_tokens and place.sequences <= self._most_sequences
 
     def bind(self, place: Place, work: int, expires: float) -> None:
         """Take the credit that `place` needs, until it is accepted or the binding expires. `work`: tokens to be computed first."""
@@ -94,7 +90,7 @@ class EngineView:
 
 
 def that_take(views: Iterable[EngineView], place: Place) -> list[EngineView]:
-    """Those of `views` whose takes() is true."""
+    """Those whose credit covers `place`. What is more than half of all there is needs an idle engine, or half of it free."""
     # Numbers of one type are compared twice as fast as an int with a float.
     longest, tokens, sequences = place.longest, float(place.num_tokens), float(place.sequences)
     return [
