@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.config import PlacementPolicy
 from cluster.protocol import (
     ClusterStatus,
     EngineDown,
@@ -342,10 +343,12 @@ def test_stop_is_told_to_all_routers(bench: Bench) -> None:
 @given(st.data())
 def test_asking_only_engines_that_have_changed_changes_nothing(data: st.DataObject) -> None:
     """Beside a scheduler that asks all engines each time."""
-    policy = data.draw(st.sampled_from(["round_robin", "least_loaded", "prefix"]))
+    policies: list[PlacementPolicy] = ["round_robin", "least_loaded", "prefix"]
+    policy = data.draw(st.sampled_from(policies))
     ours, asking_all = (GlobalScheduler(SchedulerConfig(max_queue=5, placement=policy), 0.0) for _ in range(2))
     now, epochs = 0.0, dict.fromkeys("abc", 1)
     small, engine, request = st.integers(0, 70), st.sampled_from("abc"), st.sampled_from("rstuv")
+    told: Place | EngineReport | Withdraw | None
     for number in range(1, data.draw(st.integers(1, 40))):
         match data.draw(st.sampled_from(["place", "place", "report", "report", "withdraw", "die", "time"])):
             case "place":
