@@ -14,6 +14,8 @@ computes it instead becomes a holder too.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
 
 WORK = 4.0
 """By how much a token computed delays first tokens in all: 1 / (1 - load) in a queue, here for engines that are busy for three
@@ -42,26 +44,59 @@ class Turnover:
     """
 
     def __init__(self) -> None:
-        self._work: dict[str, float] = {}
+        self.work: dict[str, float] = {}
+        """Weighted tokens of each engine."""
         self._weight = 1.0
 
-    def bound(self, engine: str, work: int, pools: int) -> None:
+    def bound(self, engine: str, work: int, pools: float) -> None:
         """`work` tokens, to be computed by `engine`; all engines' pools hold `pools` tokens."""
         self._weight *= math.exp(min(1.0, work / max(1, pools)))
-        self._work[engine] = self._work.get(engine, 0.0) + work * self._weight
+        self.work[engine] = self.work.get(engine, 0.0) + work * self._weight
         if self._weight > _HEAVY:
-            self._work = {name: worked / self._weight for name, worked in self._work.items()}
+            self.work = {name: worked / self._weight for name, worked in self.work.items()}
             self._weight = 1.0
 
     def forget(self, engine: str) -> None:
         """Its pool is empty."""
-        self._work.pop(engine, None)
+        self.work.pop(engine, None)
 
-    def per_token(self, pools: int) -> float:
-        """What work_of() is to be multiplied by, over the tokens of that engine's pool, for its turnover; 0 if there was none."""
-        total = sum(self._work.values())
+    def per_token(self, pools: float) -> float:
+        """What its work is to be multiplied by, over the tokens of that engine's pool, for its turnover; 0 if there was none."""
+        total = sum(self.work.values())
         return pools / total if total else 0.0
 
-    def work_of(self, engine: str) -> float:
-        """Weighted tokens."""
-        return self._work.get(engine, 0.0)
+
+class Loaded(Protocol):
+    """What is to be known of an engine."""
+
+    name: str
+    delay: float
+    pool_tokens: float
+
+
+E = TypeVar("E", bound=Loaded)
+
+
+def cheapest(
+    engines: Sequence[E], num_tokens: int, overlap: Mapping[str, int], block_size: int, turnover: Turnover, pools: float
+) -> E:
+    """The engine with the least cost(); of equals the one that has more of the prompt, then the first by name. `overlap`: blocks
+    of the prompt that engines have, by name. `pools`: as in Turnover."""
+    # All costs are made at once, and of floats only, which is much faster than to call cost() for each of a thousand engines.
+    per_token, work = turnover.per_token(pools), turnover.work.get
+    missing = {blocks: float(max(1, num_tokens - blocks * block_size)) for blocks in {0, *overlap.values()}}
+    if per_token:
+        weights = [WORK + per_token * work(engine.name, 0.0) / engine.pool_tokens for engine in engines]
+    else:
+        weights = [WORK + 1.0] * len(engines)
+    if overlap:
+        known = overlap.get
+        costs = [weight * missing[known(engine.name, 0)] + engine.delay for weight, engine in zip(weights, engines, strict=True)]
+    else:
+        all_of_it = missing[0]
+        costs = [weight * all_of_it + engine.delay for weight, engine in zip(weights, engines, strict=True)]
+    least = min(costs)
+    if costs.count(least) == 1:
+        return engines[costs.index(least)]
+    equals = [engine for engine, cost in zip(engines, costs, strict=True) if cost == least]
+    return min(equals, key=lambda engine: (-overlap.get(engine.name, 0), engine.name))

@@ -13,9 +13,9 @@ from typing import Literal
 
 from cluster.actions import KillEngine, Send
 from cluster.config import PlacementPolicy
-from cluster.engine_view import EngineView
+from cluster.engine_view import EngineView, that_take
 from cluster.metrics import Totals
-from cluster.placement import Turnover, cost
+from cluster.placement import Turnover, cheapest
 from cluster.prefixes import Prefixes
 from cluster.protocol import (
     CacheChanges,
@@ -101,6 +101,12 @@ class GlobalScheduler:
         self._waiting: dict[str, _Waiting] = {}
         """The same by request."""
         self._engines: dict[str, EngineView] = {}
+        self._changed: set[str] = set()
+        """Engines that may take now what they did not when the head of the queue was asked for last."""
+        self._stuck: _Waiting | None = None
+        """This head of the queue, which no other engine takes."""
+        self._pools: float | None = None
+        """Tokens of all engines' pools; None: to be added up anew."""
         self._over: dict[str, int] = {}
         """By engine: the last epoch known to be over."""
         self._routers: dict[str, float] = {}
@@ -181,6 +187,7 @@ class GlobalScheduler:
         view = self._engines.get(engine)
         if view is not None and view.report.epoch <= epoch:
             del self._engines[engine]
+            self._pools = None
             self.expect(engine, now)
             self._end_epoch(engine, epoch)
             self._tell_status()
@@ -258,17 +265,17 @@ class GlobalScheduler:
         while self._line:
             waiting = self._line[0]
             place = waiting.place
-            if any(view.takes(place) for view in self._engines.values()):
+            if able := self._able(waiting):
                 names = unpack(place.names) if self.config.placement == "prefix" else ()
-                overlap = self._prefixes.overlap(names)
-                view = self._choose(place, overlap)
-                engine = view.report.engine
+                overlap, pools = self._prefixes.overlap(names), self._pool_tokens()
+                view = self._choose(place, able, overlap, pools)
+                engine = view.name
                 self._forget(place.request)
                 known = overlap.get(engine, 0)
                 work = place.num_tokens - known * self.config.block_size
                 view.bind(place, work, now + self.config.binding_timeout_s)
                 if self.config.placement == "prefix":
-                    self._turnover.bound(engine, work, self._pool_tokens())
+                    self._turnover.bound(engine, work, pools)
                     self._prefixes.expect(engine, names[known:], now)
                 report, waited_s = view.report, now - waiting.since
                 source = self._source(overlap, engine) if self.config.kv_pull else None
@@ -279,37 +286,33 @@ class GlobalScheduler:
             else:
                 return
 
+    def _able(self, waiting: _Waiting) -> list[EngineView]:
+        """The engines that take the head of the queue. While there are none, only those that have changed are asked again."""
+        place = waiting.place
+        changed = [view for name in self._changed if (view := self._engines.get(name))]
+        self._changed.clear()
+        if waiting is self._stuck and not that_take(changed, place):
+            return []
+        able = that_take(self._engines.values(), place)
+        self._stuck = None if able else waiting
+        return able
+
     def _larger_than_all(self, place: Place) -> bool:
         """Whether some engine is ready, and none that is known, ready or not, holds as many tokens."""
         views = self._engines.values()
         ready = any(view.report.ready for view in views)
         return ready and all(place.longest > view.max_sequence_tokens for view in views)
 
-    def _choose(self, place: Place, overlap: dict[str, int]) -> EngineView:
-        """One of the engines that take it: there is one. `overlap`: blocks of the prompt that engines have."""
-        views = self._engines.values()
+    def _choose(self, place: Place, able: list[EngineView], overlap: dict[str, int], pools: float) -> EngineView:
+        """One of the engines that take it. `overlap`: blocks of the prompt that engines have. `pools`: tokens of all engines'."""
         match self.config.placement:
             case "round_robin":
                 self._turn += 1
-                able = [view for view in views if view.takes(place)]
                 return able[self._turn % len(able)]
             case "least_loaded":
-                able = [view for view in views if view.takes(place)]
                 return max(able, key=lambda view: (view.left.sequences, view.left.tokens))
             case "prefix":
-                return self._cheapest(place, overlap)
-
-    def _cheapest(self, place: Place, overlap: dict[str, int]) -> EngineView:
-        """By cluster/placement.py; of equals the one that has more of the prompt, then the first by name."""
-        size, num_tokens = self.config.block_size, place.num_tokens
-        per_token, worked = self._turnover.per_token(self._pool_tokens()), self._turnover.work_of
-
-        def key(view: EngineView) -> tuple[float, int, str]:
-            known = overlap.get(view.name, 0)
-            turnover = per_token * worked(view.name) / view.pool_tokens if per_token else 1.0
-            return cost(num_tokens, known * size, view.delay, turnover), -known, view.name
-
-        return min((view for view in self._engines.values() if view.takes(place)), key=key)
+                return cheapest(able, place.num_tokens, overlap, self.config.block_size, self._turnover, pools)
 
     def _source(self, overlap: dict[str, int], engine: str) -> PullSource | None:
         """The engine that has the most of a prompt, where that is more than `engine` has."""
@@ -323,9 +326,11 @@ class GlobalScheduler:
         source = min(ready, key=lambda view: (view.delay, view.name))
         return PullSource(source.name, source.report.epoch, source.report.address, most)
 
-    def _pool_tokens(self) -> int:
+    def _pool_tokens(self) -> float:
         """Of all engines."""
-        return sum(view.pool_tokens for view in self._engines.values())
+        if self._pools is None:
+            self._pools = sum(view.pool_tokens for view in self._engines.values())
+        return self._pools
 
     # --- engines and routers ----------------------------------------------------------------------------------------
 
@@ -338,10 +343,13 @@ class GlobalScheduler:
         if view is None or report.epoch > view.report.epoch:
             self._end_epoch(report.engine, report.epoch - 1)
             limit = 0 if view is None else view.max_sequence_tokens
-            view = self._engines[report.engine] = EngineView(report, now, limit)
+            self._pools = None
+            view = self._engines[report.engine] = EngineView(report, now, limit, self._changed)
             changed = True
         elif report.epoch == view.report.epoch and report.number > view.report.number:
             changed = report.ready != view.report.ready
+            if report.capacity != view.report.capacity:
+                self._pools = None
             view.hear(report, now)
         else:
             return

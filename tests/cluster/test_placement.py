@@ -1,8 +1,12 @@
 """The rule by which requests are placed."""
 
-import pytest
+from dataclasses import dataclass
 
-from cluster.placement import SEQUENCE_TOKENS, WORK, Turnover, cost, delay
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.placement import SEQUENCE_TOKENS, WORK, Turnover, cheapest, cost, delay
 
 
 @pytest.mark.parametrize(
@@ -40,7 +44,7 @@ def test_turnover_is_by_pool_and_fades_with_newer_work() -> None:
     turnover.bound("b", 100, 3000)
 
     def of(engine: str, pool: int) -> float:
-        return turnover.per_token(3000) * turnover.work_of(engine) / pool
+        return turnover.per_token(3000) * turnover.work.get(engine, 0.0) / pool
 
     assert of("a", 1000) < of("b", 1000) < of("b", 500)
     assert sum(of(engine, 1000) for engine in "abc") == pytest.approx(3)  # a mean of 1 over three pools
@@ -49,3 +53,34 @@ def test_turnover_is_by_pool_and_fades_with_newer_work() -> None:
     assert of("c", 1000) == pytest.approx(3)
     turnover.forget("c")
     assert of("c", 1000) == 0.0
+
+
+@dataclass
+class Engine:
+    name: str
+    delay: float
+    pool_tokens: float
+
+
+# Of few values, so that there are equals.
+ENGINES = st.lists(
+    st.builds(Engine, st.text("abc", max_size=3), st.sampled_from([0.0, 64.0, 320.0]), st.sampled_from([1.0, 99.0, 500.0]))
+)
+BLOCKS = st.dictionaries(st.text("abc", max_size=3), st.integers(1, 4))
+WORKED = st.lists(st.tuples(st.text("abc", max_size=3), st.integers(0, 300)), max_size=5)
+
+
+@given(ENGINES.filter(bool), st.integers(0, 80), BLOCKS, WORKED)
+def test_the_cheapest_is_the_one_with_the_least_cost(
+    engines: list[Engine], num_tokens: int, overlap: dict[str, int], worked: list[tuple[str, int]]
+) -> None:
+    turnover = Turnover()
+    for name, work in worked:
+        turnover.bound(name, work, 1000)
+
+    def key(engine: Engine) -> tuple[float, int, str]:
+        per_token, known = turnover.per_token(1000), overlap.get(engine.name, 0)
+        ours = per_token * turnover.work.get(engine.name, 0.0) / engine.pool_tokens if per_token else 1.0
+        return cost(num_tokens, 16 * known, engine.delay, ours), -known, engine.name
+
+    assert cheapest(engines, num_tokens, overlap, 16, turnover, 1000) is min(engines, key=key)

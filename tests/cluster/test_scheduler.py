@@ -3,8 +3,11 @@
 from typing import TypeVar
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.actions import KillEngine
+from cluster.config import PlacementPolicy
 from cluster.protocol import (
     ClusterStatus,
     EngineDown,
@@ -336,3 +339,40 @@ def test_stop_is_told_to_all_routers(bench: Bench) -> None:
     bench.receive(RouterHello("x", []), place("a", reply_to="y"))
     bench.scheduler.stop()
     assert [address for address, _ in bench.sent(Stop)] == ["x", "y"]
+
+
+@given(st.data())
+def test_asking_only_engines_that_have_changed_changes_nothing(data: st.DataObject) -> None:
+    """Beside a scheduler that asks all engines each time."""
+    policies: list[PlacementPolicy] = ["round_robin", "least_loaded", "prefix"]
+    policy = data.draw(st.sampled_from(policies))
+    ours, asking_all = (GlobalScheduler(SchedulerConfig(max_queue=5, placement=policy), 0.0) for _ in range(2))
+    now, epochs = 0.0, dict.fromkeys("abc", 1)
+    small, engine, request = st.integers(0, 70), st.sampled_from("abc"), st.sampled_from("rstuv")
+    told: Place | EngineReport | Withdraw | None
+    for number in range(1, data.draw(st.integers(1, 40))):
+        match data.draw(st.sampled_from(["place", "place", "report", "report", "withdraw", "die", "time"])):
+            case "place":
+                told = place(data.draw(request), tokens=data.draw(small), longest=data.draw(small), arrival=data.draw(small) / 1.0)
+            case "report":
+                name, tokens, accepted = data.draw(engine), data.draw(small), [(data.draw(request), 0)]
+                told = report(name, epochs[name], number, tokens, accepted=accepted, ready=data.draw(st.booleans()))
+            case "withdraw":
+                told = Withdraw(data.draw(request), 0)
+            case "die":
+                name = data.draw(engine)
+                for scheduler in (ours, asking_all):
+                    scheduler.engine_died(name, epochs[name], now)
+                epochs[name] += 1
+                continue
+            case _:
+                told = None
+                now += 4.0
+        asking_all._stuck = None
+        for scheduler in (ours, asking_all):
+            if told is None:
+                scheduler.tick(now)
+            else:
+                scheduler.receive(told, now)
+        assert ours.take_messages() == asking_all.take_messages()
+        assert ours.take_kills() == asking_all.take_kills()

@@ -1,5 +1,7 @@
 """The prefix index against one set of names for each engine."""
 
+import struct
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,17 +60,29 @@ def test_overlap_is_what_each_tree_has(data: st.DataObject) -> None:
     assert len(index) == len({p for tree in trees.values() for p in tree}), "nothing is left of the dead"
 
 
-def test_a_dead_engines_place_is_not_taken_before_it_is_swept() -> None:
+@pytest.mark.parametrize("expected", [False, True])
+def test_a_dead_engines_place_is_not_taken_before_all_is_swept(monkeypatch: pytest.MonkeyPatch, expected: bool) -> None:
+    monkeypatch.setattr("kv.index._LOOKED", 100)
     index = PrefixIndex()
-    index.added("a", chain([1, 2, 3]))
-    index.forget("a")
-    index.added("b", chain([9]))
-    assert index.overlap(unpack(chain([1, 2, 3]))) == {}
-    for _ in range(256):
-        index.tick(0.0)
-    index.added("c", chain([8]))
-    assert index.overlap(unpack(chain([1, 2, 3]))) == {}
-    assert index.overlap(unpack(chain([8]))) == {"c": 1}
+    theirs = struct.pack("<8192Q", *range(8192))  # two in each shard
+    names = unpack(theirs)
+    index.added("other", theirs)
+    index.added("dead", theirs)
+    if expected:
+        index.expect("dead", names[:64], 0.0)
+    place = index._slots["dead"]
+    index.forget("dead")
+    for tick in range(2000):
+        index.added(f"new {tick}", struct.pack("<Q", 1 << 20))
+        if index._slots[f"new {tick}"] == place:
+            break
+        assert all(index.overlap([name]) == {"other": 1} for name in names[tick % 64 :: 64])
+        before = index._swept
+        index.tick(20.0 if tick > 1000 else 0.0)
+        assert index._swept - before <= 100 // 16 + 1, "a few at a time"
+    assert index._swept == 4096
+    assert tick > 1000 if expected else tick < 1000
+    assert all(index.overlap([name]) == {"other": 1} for name in names), "nothing that the dead one had is the new one's"
 
 
 def test_what_is_expected_counts_for_a_while() -> None:
@@ -82,6 +96,31 @@ def test_what_is_expected_counts_for_a_while() -> None:
     index.tick(105.0)
     index.tick(110.0)
     assert index.overlap(names) == {"a": 1}
+
+
+def test_of_many_expectations_the_oldest_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kv.index._PORTION", 10)
+    monkeypatch.setattr("kv.index._PORTIONS", 3)
+    index = PrefixIndex()
+    prompts = [unpack(chain(list(range(n, n + 4)))) for n in range(0, 40, 4)]
+    for number, names in enumerate(prompts):
+        index.expect("a", names, 0.0)
+        assert index.overlap(names) == {"a": 4}
+        assert index.overlap(prompts[max(0, number - 4)]) == {"a": 4}
+        assert sum(map(len, index._expected.portions)) <= 30
+    assert index.overlap(prompts[0]) == {}
+    long = unpack(chain(list(range(100, 150))))
+    index.expect("b", long, 0.0)
+    assert index.overlap(long) == {"b": 10}, "what there is room for"
+
+
+def test_several_engines_are_expected_to_have_the_same() -> None:
+    index = PrefixIndex()
+    names = unpack(chain([1, 2, 3, 4]))
+    index.expect("a", names[:2], 0.0)
+    index.expect("b", names, 0.0)
+    index.expect("a", names[2:3], 0.0)
+    assert index.overlap(names) == {"a": 3, "b": 4}
 
 
 def test_an_expectation_dies_with_its_engine() -> None:
@@ -98,9 +137,64 @@ def test_the_longest_unused_names_go_first_and_beginnings_last() -> None:
     index.added("a", chain(used))
     for prompt in others:
         index.added("a", chain(prompt))
-        assert index.overlap(unpack(chain(used)))["a"] > 800, "but for shards that happen to be crowded"
+        assert index.overlap(unpack(chain(used)))["a"] > 990, "but for the last ones, where a shard is crowded"
     assert len(index) <= 4096 * 4
     assert sum(index.overlap(unpack(chain(prompt))).get("a", 0) for prompt in others[:10]) < 1000
+
+
+def test_a_beginning_that_was_thinned_out_is_found_by_what_follows_it() -> None:
+    index = PrefixIndex(max_blocks=4096 * 16)
+    prompt = chain(list(range(2000)))
+    names = unpack(prompt)
+    index.added("a", prompt[: 1000 * NAME_BYTES])
+    number = 10_000
+    while names[0] in index._shards[names[0] % 4096]:
+        index.added("b", chain(list(range(number, number + 1000))))
+        number += 1000
+    index.added("a", prompt[1000 * NAME_BYTES :])
+    assert index.overlap(names[:1]) == {}
+    assert index.overlap(names) == {"a": 2000}
+    assert index.overlap(names[:1]) == {"a": 1}, "it is known again"
+    assert len(index) == sum(map(len, index._shards))
+    assert len(index) <= 4096 * 16
+
+
+def test_what_is_found_again_and_again_stays() -> None:
+    index = PrefixIndex(max_blocks=4096 * 16)
+    used = chain(list(range(1000)))
+    names = unpack(used)
+    index.added("a", used)
+    for number in range(1000, 200_000, 1000):
+        index.added("a", chain(list(range(number, number + 1000))))
+        assert sum(name in index._shards[name % 4096] for name in names) > 950
+        assert index.overlap(names)["a"] == 1000
+    assert 4096 * 12 < len(index) <= 4096 * 16
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 7)), max_size=60))
+def test_what_was_found_is_passed_over_when_its_shard_is_thinned(steps: list[tuple[bool, int]]) -> None:
+    """One shard of four names beside others that are full enough for an upkeep. Marks are shared by names with equal last bits."""
+    index = PrefixIndex(max_blocks=4096 * 4)
+    index.added("a", b"".join(struct.pack("<2Q", shard, shard + 4096) for shard in range(1, 4096)))
+    index.added("a", struct.pack("<4Q", *range((1 << 20) + 1, (1 << 20) + 5)))
+    kept: list[int] = []
+    """The oldest first."""
+    marks: set[int] = set()
+    for found, number in steps:
+        name = number << 12
+        if found:
+            assert index.overlap([name]) == ({"a": 1} if name in kept else {})
+            marks |= {number % 4} if name in kept else set()
+        elif name not in kept:
+            index.added("a", struct.pack("<Q", name))
+            kept.append(name)
+        if len(kept) > 4:
+            gone = next((name for name in kept if (name >> 12) % 4 not in marks), None)
+            passed = kept if gone is None else kept[: kept.index(gone)]
+            marks -= {(name >> 12) % 4 for name in passed}
+            kept = [name for name in [*kept[len(passed) :], *passed] if name != (kept[0] if gone is None else gone)]
+        assert len(index) == sum(map(len, index._shards))
+        assert list(index._shards[0]) == kept
 
 
 @pytest.mark.parametrize("salt", ["", "x"])
