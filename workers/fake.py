@@ -36,6 +36,20 @@ def score(state: int, token: int) -> float:
     return -(mix(state, token) % 997) / 64
 
 
+def likeliest(state: int, count: int, vocab_size: int) -> TokenLogprobs:
+    """The likeliest tokens after a prefix whose hash at the last stage is `state`: of each state other ones, and often equally
+    likely."""
+    logprobs: dict[int, float] = {}
+    logprob = 0.0
+    for number in range(2 * vocab_size):
+        if len(logprobs) == count:
+            break
+        token = mix(state, number) % vocab_size
+        logprob -= (token % 8) / 16
+        logprobs.setdefault(token, logprob)
+    return TokenLogprobs(0.0, list(logprobs), list(logprobs.values()))
+
+
 class FakeStage:
     """Stage `stage` of a pipeline of `num_stages`."""
 
@@ -84,6 +98,9 @@ class FakeStage:
 
     def _draw(self, span: Span, state: int) -> ChunkResult:
         params = span.state.params
+        if count := span.state.draws.candidates:
+            told = likeliest(state, count, self.vocab_size)
+            return ChunkResult(span.state.seq, told.top_ids[:1], [told])
         token = draw(state, params, span.state.choice, self.vocab_size, span.end - span.state.num_prompt)
         self.table.commit(span, [token])
         logprobs = [] if params.logprobs is None else [TokenLogprobs(-(token / self.vocab_size), [], [])]
@@ -115,6 +132,36 @@ def fake_output(prompt: Sequence[int], params: SamplingParams, choice: int, num_
             break
         value = _forward(states, output[-1])
     return output
+
+
+def fake_beams(prompt: Sequence[int], params: SamplingParams, num_stages: int, vocab_size: int = 997) -> list[list[int]]:
+    """The n outputs that a beam search must give, best first, computed likewise; all prefixes anew for each token."""
+    width, stops = params.beam_width, params.stop_token_ids
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    done: list[tuple[float, list[int]]] = []
+    while beams and len(beams[0][1]) < params.max_tokens:
+        candidates = []
+        for beam, (total, output) in enumerate(beams):
+            states = [0] * num_stages
+            value = [_forward(states, token) for token in (*prompt, *output)][-1]
+            told = likeliest(value, width + len(stops), vocab_size)
+            for token, logprob in zip(told.top_ids, told.top_logprobs, strict=True):
+                if token not in stops or len(output) >= params.min_tokens:
+                    candidates.append((total + logprob, beam, [*output, token]))
+        candidates.sort(key=lambda candidate: (-candidate[0], candidate[1], candidate[2]))
+        length = len(beams[0][1]) + 1
+        ends = [output[-1] in stops or length == params.max_tokens for _, _, output in candidates]
+        done += [
+            (total / length**params.length_penalty, output)
+            for (total, _, output), end in zip(candidates[:width], ends, strict=False)
+            if end
+        ]
+        done = sorted(done, key=lambda hypothesis: -hypothesis[0])[:width]
+        beams = [(total, output) for (total, _, output), end in zip(candidates, ends, strict=True) if not end][:width]
+        full = len(done) == width and bool(beams)
+        if full and (params.early_stopping or beams[0][0] / length**params.length_penalty <= done[-1][0]):
+            break
+    return ([output for _, output in done] + [[]] * params.n)[: params.n]
 
 
 def _forward(states: list[int], value: int) -> int:
