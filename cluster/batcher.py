@@ -4,7 +4,7 @@ schedule() makes the plan of the next iteration, update() takes in the result of
 Token counts are scheduled, not phases: in each iteration `num_computed` of a sequence moves towards its `num_tokens`, by many
 tokens while its prompt is new, by one when it decodes. Every choice is made here and once; workers execute plans in order.
 
-Who has a place and blocks meanwhile, and who gives them up for others, is in cluster/running.py. A sequence in a launched plan keeps
+Who has a place and blocks, and who gives them up for others, is decided in cluster/running.py. A sequence in a launched plan keeps
 its blocks until that plan has returned, whatever happens to it meanwhile.
 """
 

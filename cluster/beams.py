@@ -111,7 +111,7 @@ class BeamSearch:
         return Path(before, token, entry, total, before.length + 1)
 
     def _score(self, path: Path) -> float:
-        return path.logprob / float(path.length) ** self.params.length_penalty
+        return path.logprob / math.pow(path.length, self.params.length_penalty)
 
     def _can_improve(self) -> bool:
         """Whether the best live path, if it ended here, would be among the hypotheses. (Longer ones may gain by a length penalty
