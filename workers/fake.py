@@ -135,32 +135,31 @@ def fake_output(prompt: Sequence[int], params: SamplingParams, choice: int, num_
 
 
 def fake_beams(prompt: Sequence[int], params: SamplingParams, num_stages: int, vocab_size: int = 997) -> list[list[int]]:
-    """The n outputs that a beam search must give, best first, computed likewise; all prefixes anew for each token."""
+    """The n outputs that a beam search must give, best first, computed likewise."""
     width, stops = params.beam_width, params.stop_token_ids
-    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    states = [0] * num_stages
+    for token in prompt:
+        _forward(states, token)
+    beams: list[tuple[float, list[int], list[int]]] = [(0.0, [], states)]
     done: list[tuple[float, list[int]]] = []
-    while beams and len(beams[0][1]) < params.max_tokens:
-        candidates = []
-        for beam, (total, output) in enumerate(beams):
-            states = [0] * num_stages
-            value = [_forward(states, token) for token in (*prompt, *output)][-1]
-            told = likeliest(value, width + len(stops), vocab_size)
-            for token, logprob in zip(told.top_ids, told.top_logprobs, strict=True):
-                if token not in stops or len(output) >= params.min_tokens:
-                    candidates.append((total + logprob, beam, [*output, token]))
-        candidates.sort(key=lambda candidate: (-candidate[0], candidate[1], candidate[2]))
-        length = len(beams[0][1]) + 1
-        ends = [output[-1] in stops or length == params.max_tokens for _, _, output in candidates]
-        done += [
-            (total / length**params.length_penalty, output)
-            for (total, _, output), end in zip(candidates[:width], ends, strict=False)
-            if end
-        ]
+    for length in range(1, params.max_tokens + 1):
+        found: list[tuple[float, int, int]] = []
+        for number, (total, output, states) in enumerate(beams):
+            told = likeliest(states[-1], width + len(stops), vocab_size)
+            allowed = [i for i, token in enumerate(told.top_ids) if token not in stops or len(output) >= params.min_tokens]
+            found += [(-total - told.top_logprobs[i], number, told.top_ids[i]) for i in allowed]
+        found.sort()
+        outputs = [(-minus, [*beams[number][1], token], list(beams[number][2])) for minus, number, token in found]
+        ends = [output[-1] in stops or length == params.max_tokens for _, output, _ in outputs]
+        ended = [output for output, end in zip(outputs[:width], ends, strict=False) if end]
+        done += [(total / length**params.length_penalty, output) for total, output, _ in ended]
         done = sorted(done, key=lambda hypothesis: -hypothesis[0])[:width]
-        beams = [(total, output) for (total, _, output), end in zip(candidates, ends, strict=True) if not end][:width]
+        beams = [output for output, end in zip(outputs, ends, strict=True) if not end][:width]
         full = len(done) == width and bool(beams)
-        if full and (params.early_stopping or beams[0][0] / length**params.length_penalty <= done[-1][0]):
+        if not beams or (full and (params.early_stopping or beams[0][0] / length**params.length_penalty <= done[-1][0])):
             break
+        for _, output, states in beams:
+            _forward(states, output[-1])
     return ([output for _, output in done] + [[]] * params.n)[: params.n]
 
 
