@@ -45,7 +45,9 @@ class SchedulerActor:
         except zmq.ZMQError as error:  # restarted on another node, say: engines and routers look the new address up
             log.warning("port %d: %s; taking another one", port, error)
             self._mailbox = Mailbox[SchedulerMessage](SchedulerMessage, host, secret=secret)
-        settings = SchedulerConfig(max_queue=config.max_queue, placement=config.placement, block_size=config.block_size)
+        settings = SchedulerConfig(
+            max_queue=config.max_queue, placement=config.placement, block_size=config.block_size, kv_pull=config.pulls
+        )
         self._scheduler = GlobalScheduler(settings, time.monotonic())
         self._lease, self._secret = lease, secret
         self._stop, self._coming = threading.Event(), threading.Event()
@@ -129,6 +131,7 @@ class EngineActor:
             worker_timeout_s=config.worker_timeout_s,
             load_timeout_s=config.load_timeout_s,
             names=BlockNames(secret, config.block_size) if config.by_prefix else None,
+            pull_timeout_s=config.kv_pull_timeout_s if config.pulls else None,
         )
         self._engine = Engine(settings, time.time_ns() // 1_000_000, time.monotonic())
         self._fleet = Fleet(config, name, lease, self._mailbox.address, secret)

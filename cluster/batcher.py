@@ -31,6 +31,7 @@ from cluster.protocol import (
 from cluster.request import Scoring, Sequence, why_impossible
 from cluster.running import Counters, RunningSet
 from kv.manager import KVManager
+from kv.radix import Key, PrefixMatch
 
 _LEAST_CHUNK = 16
 """Tokens of a prompt in one plan, at least, where there are as many."""
@@ -74,12 +75,12 @@ class Batcher:
             reason = why_no_beams(request.params, self.config.max_num_seqs, self._set.forks)
         return reason
 
-    def add(self, request: Request, now: float) -> None:
-        """Queue all choices of a request that `why_impossible` has nothing against."""
+    def add(self, request: Request, now: float) -> Sequence:
+        """Queue all choices of a request that `why_impossible` has nothing against. Returns the one that computes the prompt."""
         if request.params.beam_width:
             group = self._groups[request.id] = BeamGroup(request, self._number, now)
             self._stand_in_line(group.first)
-            return
+            return group.first
         choices = [c for c in range(request.params.n) if not request.finished[c]]
         sequences: dict[int, Sequence] = {}
         scoring = Scoring(request.scored, 0 if request.params.prompt_logprobs is None else len(request.prompt))
@@ -92,6 +93,7 @@ class Batcher:
                 self._stand_in_line(sequence)
             sequences[choice] = sequence
         self._requests[request.id] = sequences
+        return sequences[choices[0]]
 
     def _number(self) -> int:
         self._next_seq += 1
@@ -121,6 +123,27 @@ class Batcher:
     def num_sequences(self) -> int:
         """Sequences that still run or wait, and those that may come to run in the groups of beams."""
         return sum(len(live) for live in self._requests.values()) + sum(group.width for group in self._groups.values())
+
+    # --- KV on its way from or to another engine (cluster/transfers.py) ---------------------------------------------
+
+    def open_table(self, match: PrefixMatch, salt: str, num_tokens: int) -> int | None:
+        """A table that is no sequence's: it holds the blocks of `match`, and new ones up to `num_tokens`. None if running sequences
+        have a claim on those."""
+        seq = self._number()
+        return seq if self._set.open_table(seq, match, salt, num_tokens) else None
+
+    def close_table(self, seq: int, key: Key = b"", num_tokens: int = 0) -> None:
+        """End it. What it has of the first `num_tokens` of the packed tokens `key` can be found from now on."""
+        self._set.close_table(seq, key, num_tokens)
+
+    def set_aside(self, sequence: Sequence) -> None:
+        """It waits for KV, not for a place."""
+        self.line.set_aside(sequence)
+
+    def bring_back(self, sequence: Sequence) -> None:
+        """It waits for its place again, if anybody still waits for it."""
+        if self.line.bring_back(sequence):
+            sequence.expected = self._set.match(sequence).num_tokens
 
     # --- scheduling -------------------------------------------------------------------------------------------------
 
@@ -380,7 +403,7 @@ class Batcher:
     def check_integrity(self) -> None:
         """Raise unless tables, running set and requests agree."""
         self.kv.check_integrity()
-        assert {s.seq for s in self.running} == set(self.kv.sequences), "tables and running set differ"
+        assert {s.seq for s in self.running} | self._set.besides.keys() == self.kv.sequences, "tables and running set differ"
         assert self.running == sorted(self.running, key=_order)
         assert self.line.waiting == sorted(self.line.waiting, key=_order)
         counted: dict[int, int] = {}

@@ -131,6 +131,11 @@ class Config:
     """CPU threads of one worker. Default: the cores there are, shared among this node's workers."""
     placement: PlacementPolicy = "prefix"
     """Of several engines: the one that has most of the prompt and least to do, the least loaded one, or each in turn."""
+    kv_pull: Literal["on", "off"] = "on"
+    """Whether an engine that lacks a prefix takes its KV from one that has it, where that is quicker than to compute it. Of several
+    engines, and where requests are placed by prefixes."""
+    kv_pull_timeout_s: float = 5.0
+    """KV that has not come within so long is computed."""
     max_queue: int = 1024
     """Requests waiting for an engine, cluster-wide; the next one is answered 429."""
     request_timeout_s: float = 600.0
@@ -152,7 +157,7 @@ class Config:
         for name in ("max_model_len", "kv_memory", "threads", "plans_in_flight"):
             if getattr(self, name) is not None:
                 _at_least_one(self, name)
-        for name in ("request_timeout_s", "step_timeout_s", "worker_timeout_s", "load_timeout_s"):
+        for name in ("request_timeout_s", "step_timeout_s", "worker_timeout_s", "load_timeout_s", "kv_pull_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be above 0")
         if not 0 <= self.port <= 65535:
@@ -178,6 +183,11 @@ class Config:
         """Whether requests are placed by the KV that engines have, of which the scheduler must be told."""
         by_prefix = self.placement == "prefix" and self.engines > 1
         return by_prefix and batch_settings(self, num_blocks=2, max_model_len=1).keeps_prefixes
+
+    @property
+    def pulls(self) -> bool:
+        """Whether engines take KV from each other."""
+        return self.kv_pull == "on" and self.by_prefix
 
     @property
     def num_ranks(self) -> int:

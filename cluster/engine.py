@@ -26,8 +26,11 @@ from cluster.protocol import (
     EngineMessage,
     EngineReport,
     EngineStats,
+    Moved,
     Ping,
     Pong,
+    Pull,
+    Pulled,
     Rejected,
     Released,
     Request,
@@ -42,6 +45,7 @@ from cluster.protocol import (
     WorkerMessage,
     WorkerReady,
 )
+from cluster.transfers import Transfers, refused
 from kv.changes import ChangeLog
 from kv.manager import KVManager
 from kv.names import BlockNames
@@ -57,7 +61,7 @@ _PING_S = 2.0
 """Workers end when they have not heard of their engine for a minute."""
 
 
-Action = Send[RouterMessage | SchedulerMessage | WorkerMessage] | StartWorkers | KillWorkers
+Action = Send[RouterMessage | SchedulerMessage | WorkerMessage | EngineMessage] | StartWorkers | KillWorkers
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class EngineConfig:
     longest_backoff_s: float = 30.0
     names: BlockNames | None = None
     """For a scheduler that places by prefixes: how it is told of blocks. None: it need not be told."""
+    pull_timeout_s: float | None = None
+    """KV pulled from another engine is to be here within so long. None: nothing is pulled or given."""
 
 
 @dataclass
@@ -103,6 +109,8 @@ class _Epoch:
     announced_at: float = 0.0
     waiting: str = ""
     """Why its workers can't start yet, where something is missing."""
+    transfers: Transfers | None = None
+    """KV from and to other engines."""
 
 
 class Engine:
@@ -159,6 +167,8 @@ class Engine:
                 self._announce_whole(now)
             case StepResult():
                 self._result(message, now)
+            case Pull() | Pulled() | Moved():
+                self._transfer(message, now)
             case WorkerReady():
                 self._worker_ready(message, now)
             case WorkerFailed() if message.epoch == self.epoch:
@@ -197,12 +207,16 @@ class Engine:
         if gap > _STALLED_S:  # it was this process that stood still: nobody else had a chance to be heard
             epoch.began_at, epoch.progress_at = min(now, epoch.began_at + gap), min(now, epoch.progress_at + gap)
             epoch.heard_at = {rank: min(now, heard + gap) for rank, heard in epoch.heard_at.items()}
+            if epoch.transfers is not None:
+                epoch.transfers.forgive(gap)
         if epoch.start_at is not None and now >= epoch.start_at:
             epoch.start_at, epoch.began_at = None, now
             self.metrics.epochs += 1
             self._actions.append(StartWorkers(epoch.number))
         if epoch.start_at is None:
             self._watch(epoch, now)
+        if self._epoch.transfers is not None:
+            self._epoch.transfers.tick(now)
         for request in [r for r, deadline in self._deadlines.items() if now >= deadline]:
             self._drop(request)
         self._pump(now)
@@ -218,6 +232,8 @@ class Engine:
             self._end_epoch(f"workers not ready after {config.load_timeout_s:.0f} s{waiting}", now)
         elif epoch.batcher is not None and epoch.batcher.in_flight and now - epoch.progress_at > config.step_timeout_s:
             self._end_epoch(f"a step without result for {config.step_timeout_s:.0f} s", now)
+        elif epoch.transfers is not None and (hung := epoch.transfers.hung(now)):
+            self._end_epoch(hung, now)
         elif now - epoch.pinged_at > min(_PING_S, config.worker_timeout_s / 4):
             epoch.pinged_at = now
             for rank in epoch.ready:
@@ -244,7 +260,9 @@ class Engine:
         self._requests[request.id] = request
         if request.deadline_s is not None:
             self._deadlines[request.id] = now + request.deadline_s
-        batcher.add(request, now)
+        sequence = batcher.add(request, now)
+        if self._epoch.transfers is not None and message.source is not None:
+            self._epoch.transfers.pull(sequence, message.source, now)
 
     def _cancel(self, message: Cancel) -> None:
         known = self._requests.get(message.request)
@@ -290,6 +308,8 @@ class Engine:
             self.metrics.steps += 1
             self.metrics.tokens_computed += sum(chunk.num_tokens for chunk in plan.chunks)
             self._send(epoch.ready[0].address, plan)
+        if epoch.transfers is not None:
+            self._actions.extend(epoch.transfers.take_sends())
         self._report(now)
         if epoch.changes and now - epoch.announced_at >= _ANNOUNCE_S:
             self._announce(epoch.changes.take(), now)
@@ -304,12 +324,23 @@ class Engine:
         if not batcher.expects(result):
             self._end_epoch(f"step {result.step}: not the result that was expected", now)
             return
+        launched = batcher.in_flight[0].plan
         deltas = batcher.update(result)
+        if self._epoch.transfers is not None:
+            self._epoch.transfers.worth.computed(sum(chunk.num_tokens for chunk in launched.chunks), result.compute_s)
+            self._epoch.transfers.returned(result.step)
         self._epoch.progress_at = now
         self._epoch.results += 1
         if self._epoch.results == _SETTLED_RESULTS:
             self._failures = 0
         self._deliver(deltas)
+
+    def _transfer(self, message: Pull | Pulled | Moved, now: float) -> None:
+        transfers = self._epoch.transfers
+        if transfers is not None and (isinstance(message, Pulled) or message.epoch == self.epoch):
+            transfers.receive(message, now)
+        elif isinstance(message, Pull):
+            self._send(message.reply_to, refused(message, "gone"))
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
         """One message per router, however many of its requests have news."""
@@ -341,6 +372,17 @@ class Engine:
             return
         epoch.changes = ChangeLog(self.config.names) if self.config.names is not None else None
         epoch.batcher = Batcher(batch, KVManager(batch, epoch.changes), epoch.number)
+        ranks = [epoch.ready[rank] for rank in range(self.config.num_ranks)]
+        if self.config.pull_timeout_s is not None and all(rank.store for rank in ranks):
+            epoch.transfers = Transfers(
+                self.config.name,
+                epoch.number,
+                self.config.address,
+                epoch.batcher,
+                ranks,
+                self.config.pull_timeout_s,
+                self.metrics.transfers,
+            )
         self._reason = ""
         self._news = True
 
@@ -412,5 +454,5 @@ class Engine:
             self._epoch.changes.take()
             self._announce([(True, bytes(node.names)) for node in tree.nodes()], now, whole=True)
 
-    def _send(self, address: str, message: RouterMessage | SchedulerMessage | WorkerMessage) -> None:
+    def _send(self, address: str, message: RouterMessage | SchedulerMessage | WorkerMessage | EngineMessage) -> None:
         self._actions.append(Send(address, message))

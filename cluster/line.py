@@ -15,13 +15,15 @@ class WaitingLine:
         self._held: dict[int, list[Sequence]] = {}
         """By the parent's `seq`."""
         self._parents: dict[int, Sequence] = {}
+        self._aside: list[Sequence] = []
+        """These wait for something else than a place."""
 
     def __len__(self) -> int:
-        return len(self.waiting) + sum(map(len, self._held.values()))
+        return len(self.waiting) + len(self._aside) + sum(map(len, self._held.values()))
 
     def everyone(self) -> list[Sequence]:
         """All that wait, held back or not."""
-        return [*self.waiting, *(child for children in self._held.values() for child in children)]
+        return [*self.waiting, *self._aside, *(child for children in self._held.values() for child in children)]
 
     def join(self, sequence: Sequence) -> None:
         """Stand in line; where, says the time of arrival."""
@@ -32,6 +34,19 @@ class WaitingLine:
         sequence.parent = parent
         self._held.setdefault(parent.seq, []).append(sequence)
         self._parents[parent.seq] = parent
+
+    def set_aside(self, sequence: Sequence) -> None:
+        """Out of the line, until bring_back()."""
+        self.waiting.remove(sequence)
+        self._aside.append(sequence)
+
+    def bring_back(self, sequence: Sequence) -> bool:
+        """Into the line again; False if it is not aside any more."""
+        if sequence not in self._aside:
+            return False
+        self._aside.remove(sequence)
+        self.join(sequence)
+        return True
 
     def release(self, ready: Callable[[Sequence], bool]) -> None:
         """Children of parents that are `ready` to be forked join the line."""
@@ -67,9 +82,10 @@ class WaitingLine:
             if parent is not None and not held:
                 self._take_held(parent)
             return True
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-            return True
+        for waiting in (self.waiting, self._aside):
+            if sequence in waiting:
+                waiting.remove(sequence)
+                return True
         return False
 
     def _take_held(self, parent: Sequence) -> list[Sequence]:

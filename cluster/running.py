@@ -17,7 +17,7 @@ from cluster.line import WaitingLine
 from cluster.protocol import Admission, Credit, EngineStats, StepPlan
 from cluster.request import Sequence
 from kv.manager import Beginning, KVManager
-from kv.radix import NO_MATCH, PrefixMatch
+from kv.radix import NO_MATCH, Key, PrefixMatch
 
 
 @dataclass
@@ -46,6 +46,8 @@ class RunningSet:
         self.counters = Counters()
         self.gone: list[int] = []
         """Sequences the workers may forget with the next plan."""
+        self.besides: dict[int, int] = {}
+        """Tables that are no sequence's: their tokens."""
         self.forks = config.reservation == "paged" and config.batching == "continuous"
         """Sequences of one request can share KV."""
         self.margin = 1 if config.reservation == "paged" else 0
@@ -178,6 +180,24 @@ class RunningSet:
         self.sequences.remove(sequence)
         self.kv.release(sequence.seq, sequence.key, sequence.num_computed)
 
+    # --- besides ----------------------------------------------------------------------------------------------------
+
+    def open_table(self, seq: int, match: PrefixMatch, salt: str, num_tokens: int) -> bool:
+        """A table `seq` that is no sequence's: it holds the blocks of `match`, and new ones up to `num_tokens`. False if running
+        sequences have a claim on those."""
+        taken = self.kv.blocks_for(num_tokens) - len(match.blocks) + match.idle
+        if taken > self.kv.num_free - self.promised():
+            return False
+        self.kv.admit(seq, match, salt, num_tokens)
+        self.kv.allocate(seq, num_tokens)
+        self.besides[seq] = num_tokens
+        return True
+
+    def close_table(self, seq: int, key: Key, num_tokens: int) -> None:
+        """End it. What it has of the first `num_tokens` of the packed tokens `key` can be found from now on."""
+        del self.besides[seq]
+        self.kv.release(seq, key, num_tokens)
+
     # --- readings ---------------------------------------------------------------------------------------------------
 
     def credit(self, num_sequences: int) -> Credit:
@@ -195,7 +215,7 @@ class RunningSet:
 
     def stats(self, in_flight: int) -> EngineStats:
         """Gauges of this moment."""
-        ledger = self.kv.ledger({s.seq: s.num_computed for s in self.sequences})
+        ledger = self.kv.ledger({s.seq: s.num_computed for s in self.sequences} | self.besides)
         return EngineStats(
             running=len(self.sequences),
             waiting=len(self.line),

@@ -29,6 +29,7 @@ from cluster.protocol import (
     Place,
     PlaceAgain,
     Placement,
+    PullSource,
     Refusal,
     RouterDown,
     RouterHello,
@@ -48,6 +49,8 @@ class SchedulerConfig:
     placement: PlacementPolicy = "least_loaded"
     block_size: int = 16
     """Of the engines' pools, for placement by prefixes."""
+    kv_pull: bool = False
+    """Whether engines can take KV from each other."""
     max_index_blocks: int = 1 << 24
     """Names of blocks that the prefix index keeps, of about 100 bytes each."""
     binding_timeout_s: float = 10.0
@@ -268,7 +271,8 @@ class GlobalScheduler:
                     self._turnover.bound(engine, work, self._pool_tokens())
                     self._prefixes.expect(engine, names[known:], now)
                 report, waited_s = view.report, now - waiting.since
-                placement = Placement(place.request, place.attempt, engine, report.epoch, report.address, waited_s)
+                source = self._source(overlap, engine) if self.config.kv_pull else None
+                placement = Placement(place.request, place.attempt, engine, report.epoch, report.address, waited_s, source)
                 self._send(place.reply_to, placement)
             elif place.attempt == 0 and self._larger_than_all(place):
                 self._refuse(place, "too_large")
@@ -306,6 +310,18 @@ class GlobalScheduler:
             return cost(num_tokens, known * size, view.delay, turnover), -known, view.name
 
         return min((view for view in self._engines.values() if view.takes(place)), key=key)
+
+    def _source(self, overlap: dict[str, int], engine: str) -> PullSource | None:
+        """The engine that has the most of a prompt, where that is more than `engine` has."""
+        most = max(overlap.values(), default=0)
+        if most <= overlap.get(engine, 0):
+            return None
+        views = [view for name, blocks in overlap.items() if blocks == most and (view := self._engines.get(name)) is not None]
+        ready = [view for view in views if view.report.ready]
+        if not ready:
+            return None
+        source = min(ready, key=lambda view: (view.delay, view.name))
+        return PullSource(source.name, source.report.epoch, source.report.address, most)
 
     def _pool_tokens(self) -> int:
         """Of all engines."""

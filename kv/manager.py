@@ -32,6 +32,8 @@ class _Table:
     blocks: list[int]
     lease: Lease | None = None
     """Of the part of the table that the tree has."""
+    forked: int = 0
+    """So many first blocks were shared by a fork, of another table or with another table."""
 
 
 class KVManager:
@@ -169,7 +171,8 @@ class KVManager:
         if self.tree is not None and source.lease is not None:
             lease = self.tree.share(source.lease, min(whole, source.lease.num_blocks))
         self.pool.share(source.blocks[:whole])
-        self._tables[child] = _Table([*source.blocks[:whole], *copied], lease)
+        source.forked = max(source.forked, whole)
+        self._tables[child] = _Table([*source.blocks[:whole], *copied], lease, whole)
         return Beginning(num_tokens, (source.blocks[whole], copied[0]) if rest else None)
 
     def release(self, seq: int, key: Key = b"", num_tokens: int = 0) -> None:
@@ -184,7 +187,8 @@ class KVManager:
         """Whole blocks of the first `num_tokens` tokens, up to one behind the lease that another table shares by a fork: what the
         tree has is either held by a lease of each of its tables, or idle."""
         whole = num_tokens // self.config.block_size
-        shared = (at for at in range(lease.num_blocks, whole) if self.pool.references(table.blocks[at]) > 1)
+        behind = range(lease.num_blocks, min(whole, table.forked))
+        shared = (at for at in behind if self.pool.references(table.blocks[at]) > 1)
         return next(shared, whole)
 
     def ledger(self, computed: dict[int, int]) -> Ledger:

@@ -4,7 +4,7 @@ A slot is one token's place: block id x block size + offset in the block. Block 
 belongs to no sequence and holds finite numbers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,3 +57,28 @@ class KVPool:
         for source, destination in copies:
             self.keys[:, destination] = self.keys[:, source]
             self.values[:, destination] = self.values[:, source]
+
+    # --- blocks on their way to or from elsewhere, [2 (keys, values), num_layers, blocks, block_size, num_kv_heads, head_dim] -----
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Keys and values of all layers."""
+        return 2 * self.keys[:, 0].numel() * self.keys.element_size()
+
+    def room(self, num_blocks: int) -> Tensor:
+        """For so many blocks; what is in it means nothing."""
+        layers, _, *shape = self.keys.shape
+        return self.keys.new_empty(2, layers, num_blocks, *shape)
+
+    def gather(self, blocks: Sequence[int]) -> Tensor:
+        """A copy of these blocks."""
+        ids, content = torch.tensor(blocks, device=self.keys.device), self.room(len(blocks))
+        torch.index_select(self.keys, 1, ids, out=content[0])
+        torch.index_select(self.values, 1, ids, out=content[1])
+        return content
+
+    def scatter(self, blocks: Sequence[int], content: Tensor) -> None:
+        """Put what gather() gave, here or in another pool of this layout, into these blocks."""
+        ids = torch.tensor(blocks, device=self.keys.device)
+        self.keys.index_copy_(1, ids, content[0])
+        self.values.index_copy_(1, ids, content[1])

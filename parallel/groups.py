@@ -58,6 +58,10 @@ class Group:
         """Begin to receive into x; it is there when the returned work's wait() is over (on CUDA: for what is launched after)."""
         return self._backend.recv([x], source, 0)
 
+    def abort(self) -> None:
+        """Call off all that is under way (NCCL only)."""
+        self._backend.abort()
+
 
 SOLO_GROUP = Group(None, 0, 1)
 """One rank alone: nothing is exchanged."""

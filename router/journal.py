@@ -258,7 +258,7 @@ class Journal:
             cache_salt=entry.generation.cache_salt,
             scored=entry.scored,
         )
-        self._messages.append(Send(placement.address, Submit(placement.epoch, request)))
+        self._messages.append(Send(placement.address, Submit(placement.epoch, request, placement.source)))
 
     def _refused(self, refusal: Refusal) -> None:
         entry = self._entry(refusal.request, refusal.attempt)

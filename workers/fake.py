@@ -83,6 +83,17 @@ class FakeStage:
                 results.append(self._draw(span, out[-1]))
         return out, StepResult(epoch=plan.epoch, step=plan.step, results=results, scores=scores) if self.last else None
 
+    def read(self, blocks: Sequence[int]) -> list[list[int]]:
+        """What is in these blocks."""
+        size = self.block_size
+        return [self._slots[block * size : (block + 1) * size] for block in blocks]
+
+    def write(self, blocks: Sequence[int], contents: Sequence[Sequence[int]]) -> None:
+        """Put KV that comes from elsewhere into these blocks."""
+        size = self.block_size
+        for block, content in zip(blocks, contents, strict=True):
+            self._slots[block * size : (block + 1) * size] = content
+
     def _run(self, span: Span, inputs: list[int]) -> list[int]:
         state = self._slots[self._slot(span, span.start - 1)] if span.start else 0
         states: list[int] = []

@@ -48,7 +48,13 @@ def run_rank(
             mailbox.send(engine, WorkerFailed(epoch=epoch, rank=rank, reason=str(error)))
             return str(error)
         adapt(runner)
-        intake = Intake(mailbox, engine, epoch, rank, [runner.peers.mailboxes[follower] for follower in seat.followers])
+        mover = None
+        if config.pulls:
+            from workers.mover import Mover
+
+            mover = Mover(runner.pool, host, epoch, rank, lambda moved: mailbox.send(engine, moved))
+        followers = [runner.peers.mailboxes[follower] for follower in seat.followers]
+        intake = Intake(mailbox, engine, epoch, rank, followers, move=mover.put if mover is not None else None)
         try:
             ready = WorkerReady(
                 epoch=epoch,
@@ -56,6 +62,8 @@ def run_rank(
                 address=mailbox.address,
                 num_blocks=runner.num_blocks,
                 max_model_len=runner.max_model_len,
+                layout=runner.layout,
+                store=mover.store if mover is not None else "",
             )
             mailbox.send(engine, ready)
             return serve_plans(runner, intake, mailbox, engine, seat, epoch)

@@ -62,6 +62,13 @@ class ModelRunner:
         return self.pool.num_blocks
 
     @property
+    def layout(self) -> str:
+        """What its pool is like: KV can be taken over from a rank of the same."""
+        part, keys = self.decoder.part, self.pool.keys
+        shape = list(keys.shape[2:])
+        return f"layers {part.layers.start}-{part.layers.stop}, heads {part.kv_heads}, blocks {shape}, {keys.dtype}"
+
+    @property
     def answers(self) -> bool:
         """Whether this rank's results are the engine's: the leader of the last stage."""
         return self._sampler is not None

@@ -10,11 +10,11 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from cluster.channel import Mailbox
-from cluster.protocol import Ping, Pong, StageTime, StageTimes, StepPlan, StepResult, WorkerMessage
+from cluster.protocol import Give, Moved, Ping, Pong, StageTime, StageTimes, StepPlan, StepResult, Take, WorkerMessage
 from parallel.mesh import Seat
 
 SILENCE_S = 60.0
@@ -58,8 +58,9 @@ class Intake:
         rank: int,
         followers: Sequence[str] = (),
         silence_s: float = SILENCE_S,
+        move: Callable[[Give | Take], None] | None = None,
     ) -> None:
-        """followers: mailboxes that plans are passed on to, in this order."""
+        """followers: mailboxes that plans are passed on to, in this order. move: begins a transfer of KV, where that can be."""
         self.plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
         """In order; None when no more will come."""
         self.end = ""
@@ -67,6 +68,7 @@ class Intake:
         self._mailbox, self._engine, self._epoch, self._rank = mailbox, engine, epoch, rank
         self._followers = tuple(followers)
         self._silence_s = silence_s
+        self._move = move
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
         self._thread.start()
@@ -110,6 +112,12 @@ class Intake:
                     self.plans.put(message)
                 case Ping():
                     self._mailbox.send(self._engine, Pong(self._epoch, self._rank))
+                case Give() | Take() if self._move is not None:
+                    self._move(message)
+                case Give() | Take():
+                    error = "this rank moves no KV"
+                    moved = Moved(epoch=self._epoch, rank=self._rank, pull=message.pull, seconds=0.0, error=error)
+                    self._mailbox.send(self._engine, moved)
 
 
 def serve_plans(runner: Runner, intake: Intake, mailbox: Mailbox[WorkerMessage], engine: str, seat: Seat, epoch: int) -> str:

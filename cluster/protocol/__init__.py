@@ -30,6 +30,7 @@ from cluster.protocol.reports import CacheChanges, CacheResync, Credit, EngineRe
 from cluster.protocol.requests import Cancel, Request, SamplingParams, Submit
 from cluster.protocol.steps import Admission, Chunk, ChunkResult, NewSequence, PromptScores, StepPlan, StepResult
 from cluster.protocol.tokens import Deltas, FinishReason, Rejected, Released, TokenDelta, TokenLogprobs
+from cluster.protocol.transfers import Give, Moved, Pull, Pulled, PullRefusal, PullSource, Take
 from cluster.protocol.workers import Ping, Pong, StageTime, StageTimes, WorkerFailed, WorkerReady
 
 __all__ = [
@@ -48,7 +49,9 @@ __all__ = [
     "EngineStats",
     "EngineStatus",
     "FinishReason",
+    "Give",
     "MetricSample",
+    "Moved",
     "NewSequence",
     "Ping",
     "Place",
@@ -56,6 +59,10 @@ __all__ = [
     "Placement",
     "Pong",
     "PromptScores",
+    "Pull",
+    "PullRefusal",
+    "PullSource",
+    "Pulled",
     "Refusal",
     "Rejected",
     "Released",
@@ -71,6 +78,7 @@ __all__ = [
     "StepResult",
     "Stop",
     "Submit",
+    "Take",
     "TokenDelta",
     "TokenLogprobs",
     "Wire",
@@ -83,6 +91,18 @@ __all__ = [
 RouterMessage = Deltas | Released | Rejected | Placement | Refusal | EngineDown | PlaceAgain | Stop | ClusterStatus
 SchedulerMessage = Place | Withdraw | RouterHello | EngineReport | CacheChanges
 EngineMessage = (
-    Submit | Cancel | RouterDown | EngineDown | CacheResync | StepResult | WorkerReady | WorkerFailed | Pong | StageTimes
+    Submit
+    | Cancel
+    | RouterDown
+    | EngineDown
+    | CacheResync
+    | StepResult
+    | WorkerReady
+    | WorkerFailed
+    | Pong
+    | StageTimes
+    | Pull
+    | Pulled
+    | Moved
 )
-WorkerMessage = StepPlan | Ping
+WorkerMessage = StepPlan | Ping | Give | Take

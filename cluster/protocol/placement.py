@@ -4,6 +4,7 @@ from typing import Literal
 
 from cluster.protocol.base import Wire
 from cluster.protocol.reports import EngineStatus, MetricSample
+from cluster.protocol.transfers import PullSource
 
 
 class Place(Wire, tag=True, kw_only=True):
@@ -41,6 +42,8 @@ class Placement(Wire, tag=True):
     epoch: int
     address: str
     waited_s: float
+    source: PullSource | None = None
+    """An engine from which that one may take the KV it lacks."""
 
 
 class Refusal(Wire, tag=True):

@@ -1,6 +1,7 @@
 """Router -> engine: what to run."""
 
 from cluster.protocol.base import Wire
+from cluster.protocol.transfers import PullSource
 
 
 class SamplingParams(Wire, kw_only=True):
@@ -68,6 +69,8 @@ class Submit(Wire, tag=True):
 
     epoch: int
     request: Request
+    source: PullSource | None = None
+    """The Placement's."""
 
 
 class Cancel(Wire, tag=True, kw_only=True):

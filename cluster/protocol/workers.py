@@ -12,6 +12,10 @@ class WorkerReady(Wire, tag=True, kw_only=True):
     num_blocks: int
     """How many blocks of the engine's block size this worker's pool holds, the null block included."""
     max_model_len: int
+    layout: str = ""
+    """What its pool is like (see Pull) ..."""
+    store: str = ""
+    """... and where ranks of other engines meet it; empty: nowhere."""
 
 
 class WorkerFailed(Wire, tag=True, kw_only=True):

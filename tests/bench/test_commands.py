@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import __main__ as whole
-from bench import arrivals, batching, channel, occupancy, offline, options, prefix, waste
+from bench import arrivals, batching, channel, occupancy, offline, options, prefix, pull, waste
 from bench.contenders import Contender, continuous_generate, rayline, static_generate
 from bench.peers import PeerError
 from bench.report import Report, cpu_ticks, render, steal_share
@@ -121,6 +121,13 @@ def test_arrivals_refuses_cpu_time_of_several_threads(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         arrivals.main([DEMO, "--threads", "2"])
     assert "--clock wall" in capsys.readouterr().err
+
+
+def test_pull(tmp_path: Path) -> None:
+    assert pull.main([DEMO, "--tokens", "64", "--repetitions", "1", "--out", str(tmp_path)]) == 0
+    (rows,) = json.loads((tmp_path / "pull.json").read_text())["tables"].values()
+    assert rows[0]["tokens"] == 64
+    assert rows[0]["MiB/s"] > 0
 
 
 def test_prefix(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from bench import replay
-from bench.replay import Replay, StepTime, Workload, one_by_one
+from bench.replay import one_by_one
+from bench.replay_cluster import PullTime, Replay, StepTime
+from bench.replay_workload import Workload
 from bench.workload import read_trace
 from cluster.config import BatchConfig
 
@@ -76,6 +78,17 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     replay.main(["--trace", str(written(tmp_path, 200)), *words])
     data: dict[str, Any] = json.loads((tmp_path / "replay.json").read_text())
     tables = list(data["tables"].values())
-    assert [[row[""] for row in table][2:] for table in tables] == [list(replay.POLICIES)] * 2
+    assert [[row[""] for row in table][2:] for table in tables] == [[*replay.POLICIES, replay.PULLING]] * 2
     assert float(tables[0][2]["hit rate"]) < float(tables[0][4]["hit rate"])
     assert "step time" in capsys.readouterr().out
+
+
+def test_what_a_holder_has_no_time_for_is_pulled_from_it(tmp_path: Path) -> None:
+    """Requests come faster than the holders of their prefixes can take them."""
+    workload = Workload(read_trace(written(tmp_path, 20)))
+    settings = config(2 * workload.different_blocks)
+    alone = Replay(workload, "prefix", settings, ENGINES, 1.0, StepTime()).run()
+    pulling = Replay(workload, "prefix", settings, ENGINES, 1.0, StepTime(), PullTime()).run()
+    assert pulling.pulls["done"] > 0
+    assert pulling.pulled_tokens > 0
+    assert not alone.pulls

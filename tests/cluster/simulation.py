@@ -14,7 +14,7 @@ from typing import Any
 from cluster import engine as engines
 from cluster.actions import KillWorkers, Send, StartWorkers
 from cluster.config import BatchConfig
-from cluster.protocol import Ping, Pong, RouterHello, SamplingParams, StepPlan, WorkerReady
+from cluster.protocol import Give, Moved, Ping, Pong, RouterHello, SamplingParams, StepPlan, Take, WorkerReady
 from cluster.scheduler import GlobalScheduler, SchedulerConfig
 from kv.index import unpack
 from kv.names import BlockNames
@@ -23,6 +23,7 @@ from router.journal import Journal, JournalConfig
 from workers.fake import FakeStage, fake_beams, fake_output, fake_scores
 
 STEP_TIMEOUT_S = 5.0
+PULL_TIMEOUT_S = 2.0
 
 
 @dataclass
@@ -80,6 +81,8 @@ class Simulation:
         self._start_scheduler()
         self.routers = {f"router{i}": self._start_router(f"router{i}") for i in range(num_routers)}
         self.stages: dict[str, list[FakeStage]] = {}
+        self._moving: dict[tuple[str, str], list[tuple[str, Give | Take]]] = {}
+        """By group and pull: the ranks that wait for each other."""
         for i in range(num_engines):
             self._start_engine(f"engine{i}")
         for id, client in self.clients.items():
@@ -104,7 +107,7 @@ class Simulation:
         process = self.processes.setdefault("scheduler", Process("scheduler"))
         process.alive = True
         config = SchedulerConfig(
-            placement="prefix", block_size=self.batch.block_size, binding_timeout_s=3.0, silence_s=4.0, replace_s=12.0
+            placement="prefix", block_size=self.batch.block_size, kv_pull=True, binding_timeout_s=3.0, silence_s=4.0, replace_s=12.0
         )
         self.scheduler = GlobalScheduler(config, self.now)
         for name in self.engines:
@@ -126,6 +129,7 @@ class Simulation:
             step_timeout_s=STEP_TIMEOUT_S,
             load_timeout_s=10.0,
             names=self.names,
+            pull_timeout_s=PULL_TIMEOUT_S,
         )
         self.engines[name] = engines.Engine(config, next(self.epochs), self.now)
         self.flush()
@@ -269,7 +273,13 @@ class Simulation:
             process = self.processes.setdefault(address, Process(address))
             process.life += 1
             ready = WorkerReady(
-                epoch=epoch, rank=rank, address=address, num_blocks=batch.num_blocks, max_model_len=batch.max_model_len
+                epoch=epoch,
+                rank=rank,
+                address=address,
+                num_blocks=batch.num_blocks,
+                max_model_len=batch.max_model_len,
+                layout=f"stage {rank}",
+                store=address,
             )
             life = process.life
             self.at(
@@ -290,6 +300,51 @@ class Simulation:
                     self._forward(address, f"{name}/{rank + 1}", message, out)
             case Ping():
                 self._send(address, name, Pong(message.epoch, rank))
+            case Give() | Take():
+                self._move(address, message)
+
+    def _move(self, address: str, message: Give | Take) -> None:
+        """KV from rank to rank, once both are there: all of it, or half, or nothing."""
+        both = self._moving.setdefault((message.store, message.pull), [])
+        both.append((address, message))
+        if len(both) == 1:
+            self._at_worker(
+                address, message.within_s, lambda: self._moved(address, message, "nobody came") if len(both) == 1 else None
+            )
+            return
+        (giver, give), (taker, take) = sorted(both, key=lambda end: isinstance(end[1], Take))
+        assert (give.group, len(give.blocks)) == (take.group, len(take.blocks))
+        fate = self.random.random()
+        content: list[list[int]] = []
+
+        def read() -> None:
+            content.extend(self._stage(giver).read(give.blocks))
+            self._moved(giver, give, "broken" if fate < 0.1 else "")
+
+        def write() -> None:
+            whole = len(content) == len(take.blocks) and fate > 0.2
+            count = len(content) if whole else len(content) // 2
+            self._stage(taker).write(take.blocks[:count], content[:count])
+            self._moved(taker, take, "" if whole else "broken")
+
+        took = self.random.choice([1, 1, 1.5 * PULL_TIMEOUT_S]) * self.random.random()
+        self._at_worker(giver, took * self.random.choice([0.0, 0.5]), read)
+        self._at_worker(taker, took, write)
+
+    def _moved(self, address: str, message: Give | Take, error: str) -> None:
+        name, rank = address.split("/")
+        done = Moved(epoch=message.epoch, rank=int(rank), pull=message.pull, seconds=0.1, error=error)
+        self._send(address, name, done)
+
+    def _stage(self, address: str) -> FakeStage:
+        name, rank = address.split("/")
+        return self.stages[name][int(rank)]
+
+    def _at_worker(self, address: str, delay: float, event: Callable[[], None]) -> None:
+        """Unless it dies before."""
+        process = self.processes[address]
+        life = process.life
+        self.at(self.now + delay, lambda: event() if process.life == life else None)
 
     def _forward(self, source: str, target: str, plan: StepPlan, hidden: list[int]) -> None:
         receiver = self.processes[target]

@@ -32,7 +32,7 @@ MESSAGES: list[Any] = [
     protocol.Rejected("r", 1, "too long"),
     place(deadline_s=2.0),
     protocol.Withdraw("r", 1),
-    protocol.Placement("r", 1, "e", 2, "e!", 0.5),
+    protocol.Placement("r", 1, "e", 2, "e!", 0.5, protocol.PullSource("f", 2, "f!", 5)),
     protocol.Refusal("r", 1, "queue_full", 2.0),
     protocol.RouterHello("router", [protocol.MetricSample("a", (("b", "c"),), 1.0)]),
     protocol.EngineDown("e", 2),
@@ -57,6 +57,22 @@ MESSAGES: list[Any] = [
     protocol.Ping(1),
     protocol.Pong(1, 0),
     protocol.StageTimes(1, 2, [protocol.StageTime(3, 0.5, 1.5, 64)]),
+    protocol.Pull(
+        pull="e.1.0",
+        epoch=2,
+        engine="e",
+        reply_to="e!",
+        tokens=b"12345678",
+        salt="x",
+        first_block=1,
+        layout=["a"],
+        stores=["h:1"],
+        group="f.2>e.1.0",
+    ),
+    protocol.Pulled("e.1.0", 0, "busy"),
+    protocol.Give(epoch=2, pull="e.1.0", peer="e", group="g", store="h:1", blocks=[1, 2], within_s=5.0),
+    protocol.Take(epoch=1, pull="e.1.0", peer="f.2", group="g", store="h:1", blocks=[3, 4], within_s=5.0),
+    protocol.Moved(epoch=1, rank=0, pull="e.1.0", seconds=0.1, error="bad"),
 ]
 UNIONS: list[Any] = [RouterMessage, SchedulerMessage, EngineMessage, WorkerMessage]
 

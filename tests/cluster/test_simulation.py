@@ -1,6 +1,7 @@
 """The contracts, together, under random arrivals, cancels, deaths and tiny pools: nothing lost, doubled, mixed up or left over."""
 
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -139,3 +140,39 @@ def test_the_simulation_notices_a_prompt_position_lost_or_told_twice(harm: str) 
     journal.take_news = corrupt  # type: ignore[method-assign]
     with pytest.raises(AssertionError):
         check(simulation)
+
+
+def pulls(simulation: Simulation) -> Counter[str]:
+    """How they ended, of the engines that live at the end."""
+    return sum((engine.metrics.transfers.pulls for engine in simulation.engines.values()), Counter())
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_kv_pulled_from_other_engines_is_right_whatever_dies(pp: int) -> None:
+    """Many requests with the same beginning, at engines of few places each: the second engine pulls it from the first."""
+    seen: Counter[str] = Counter()
+
+    @examples(70)
+    @given(st.integers(0, 2**32), st.integers(12, 30), st.lists(st.tuples(st.sampled_from(FAULTS), st.floats(0.5, 4)), max_size=2))
+    def run(seed: int, num_blocks: int, faults: list[tuple[str, float]]) -> None:
+        chance = random.Random(seed)
+        batch = BatchConfig(num_blocks=num_blocks, block_size=4, max_model_len=80, max_num_seqs=2, max_num_batched_tokens=16, pp=pp)
+        length = min(40, batch.max_sequence_tokens - 8)
+        common = chance.choices(range(997), k=length)
+        asked = []
+        for i in range(16):
+            known = chance.choice([0, length // 2, length])  # prompts of nothing known push the others out
+            prompt = [*common[:known], *chance.choices(range(997), k=length - known), i]
+            params = SamplingParams(seed=i, max_tokens=chance.randrange(1, 7), n=chance.choice([1, 1, 2]))
+            at = chance.uniform(2, 6)
+            asked.append(Client(prompt, params, at, cancel_at=chance.choice([None, None, None, at + 0.3])))
+        simulation = Simulation(seed, asked, batch, num_engines=3)
+        for kind, time in faults:
+            simulation.fault(kind, 2.0 + time, f"engine{chance.randrange(3)}")
+        check(simulation)
+        seen.update(pulls(simulation))
+
+    run()
+    assert seen["done"]
+    assert seen["failed"]
+    assert seen["late"]

@@ -77,6 +77,24 @@ def test_requests_that_begin_alike_go_where_their_kv_is(nodes: Nodes, pair: Serv
     pair.wait_for_at_least("vllm:prefix_cache_hits_total", 640)
 
 
+def test_an_engine_pulls_the_kv_that_another_one_has(nodes: Nodes, pair: Server) -> None:
+    """So many want the same stem that its holder is passed over: the other one takes it from there, and says the same."""
+    stem = [[11, 200, 44, 9][place % 4] + place for place in range(160)]
+
+    def ask(number: int) -> Any:
+        body = {"ignore_eos": True}
+        answer: Any = pair.client.completions.create(
+            model="demo", prompt=stem, max_tokens=40, temperature=0, seed=number, extra_body=body
+        )
+        return answer.choices[0].text
+
+    wanted = ask(0)
+    with concurrent.futures.ThreadPoolExecutor(24) as clients:
+        assert list(clients.map(ask, range(24))) == [wanted] * 24
+    pair.wait_for_at_least("rayline:kv_pulled_tokens_total", 144)
+    pair.wait_for_at_least("rayline:kv_loans_total", 1)
+
+
 def iterations(server: Server) -> dict[str, float]:
     lines = server.request("/metrics")[2].decode().splitlines()
     found = [line for line in lines if line.startswith("rayline:iterations_total{")]
