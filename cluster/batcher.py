@@ -330,7 +330,8 @@ class Batcher:
         group = beam.group
         if not group.take(beam, told):
             return []
-        left, self._forks[len(self._forks) :] = group.turn()
+        left, forked = group.turn()
+        self._forks += forked
         for other in left:
             self._dismiss(other)
         if group.over:
