@@ -4,24 +4,19 @@ schedule() makes the plan of the next iteration, update() takes in the result of
 Token counts are scheduled, not phases: in each iteration `num_computed` of a sequence moves towards its `num_tokens`, by many
 tokens while its prompt is new, by one when it decodes. Every choice is made here and once; workers execute plans in order.
 
-    waiting --admit--> running --finish--> gone
-       ^                  |
-       +---- preempt -----+      (its blocks are freed; computed again later)
-
-A sequence in a launched plan keeps its blocks until that plan has returned, whatever happens to it meanwhile.
+Who has a place and blocks, and who gives them up for others, is decided in cluster/running.py. A sequence in a launched plan keeps
+its blocks until that plan has returned, whatever happens to it meanwhile.
 """
 
-import bisect
 import itertools
 from collections import deque
-from dataclasses import dataclass, fields
 
+from cluster.beams import Beam, BeamGroup, why_no_beams
 from cluster.config import BatchConfig
 from cluster.cost import StepCost
 from cluster.launched import Launched
 from cluster.line import WaitingLine
 from cluster.protocol import (
-    Admission,
     Chunk,
     ChunkResult,
     Credit,
@@ -31,28 +26,15 @@ from cluster.protocol import (
     StepPlan,
     StepResult,
     TokenDelta,
+    TokenLogprobs,
 )
 from cluster.request import Scoring, Sequence, why_impossible
+from cluster.running import Counters, RunningSet
 from kv.manager import KVManager
-from kv.radix import NO_MATCH, Key, PrefixMatch
+from kv.radix import Key, PrefixMatch
 
 _LEAST_CHUNK = 16
 """Tokens of a prompt in one plan, at least, where there are as many."""
-
-
-@dataclass
-class Counters:
-    """Running totals of a Batcher."""
-
-    preemptions: int = 0
-    looked_up: int = 0
-    """Tokens of sequences that got a place for the first time, and were looked up in the prefix cache ..."""
-    cached: int = 0
-    """... and of these, tokens whose KV was there."""
-
-    def __add__(self, other: "Counters") -> "Counters":
-        """Of both."""
-        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 class Batcher:
@@ -63,42 +45,63 @@ class Batcher:
         self.kv = kv
         self.epoch = epoch
         self.line = WaitingLine()
-        self.running: list[Sequence] = []
-        """In order of arrival; all have a block table."""
         self.in_flight: deque[Launched] = deque()
         self._requests: dict[str, dict[int, Sequence]] = {}
-        self.counters = Counters()
+        """By choice; those of beam searches are in the next."""
+        self._groups: dict[str, BeamGroup] = {}
+        self._forks: list[Beam] = []
+        """New beams, each to fork the KV of its parent before that runs on."""
+        self._set = RunningSet(config, kv, self.line)
         self._next_seq = 0
         self._next_step = 0
         self._cost = StepCost()
-        self._gone: list[int] = []
-        """Sequences the workers may forget with the next plan."""
-        self._besides: dict[int, int] = {}
-        """Tables that are no sequence's: their tokens."""
+
+    @property
+    def running(self) -> list[Sequence]:
+        """In order of arrival; all have a block table."""
+        return self._set.sequences
+
+    @property
+    def counters(self) -> Counters:
+        """Running totals."""
+        return self._set.counters
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
     def why_impossible(self, request: Request) -> str | None:
         """The reason why `request` could never run here, or None."""
-        return why_impossible(request, self.config.max_sequence_tokens)
+        reason = why_impossible(request, self.config.max_sequence_tokens)
+        if reason is None and request.params.beam_width:
+            reason = why_no_beams(request.params, self.config.max_num_seqs, self._set.forks)
+        return reason
 
     def add(self, request: Request, now: float) -> Sequence:
         """Queue all choices of a request that `why_impossible` has nothing against. Returns the one that computes the prompt."""
+        if request.params.beam_width:
+            group = self._groups[request.id] = BeamGroup(request, self._number, now)
+            self._stand_in_line(group.first)
+            return group.first
         choices = [c for c in range(request.params.n) if not request.finished[c]]
         sequences: dict[int, Sequence] = {}
-        forks = self.config.reservation == "paged" and self.config.batching == "continuous"
         scoring = Scoring(request.scored, 0 if request.params.prompt_logprobs is None else len(request.prompt))
         for choice in choices:
-            sequence = Sequence(self._next_seq, request, choice, list(request.emitted[choice]), now, scoring)
-            self._next_seq += 1
-            sequence.expected = self._match(sequence).num_tokens
-            if forks and sequences:
+            sequence = Sequence(self._number(), request, choice, list(request.emitted[choice]), now, scoring)
+            if self._set.forks and sequences:
+                sequence.expected = self._set.match(sequence).num_tokens
                 self.line.hold(sequence, sequences[choices[0]])
             else:
-                self.line.join(sequence)
+                self._stand_in_line(sequence)
             sequences[choice] = sequence
         self._requests[request.id] = sequences
         return sequences[choices[0]]
+
+    def _number(self) -> int:
+        self._next_seq += 1
+        return self._next_seq - 1
+
+    def _stand_in_line(self, sequence: Sequence) -> None:
+        sequence.expected = self._set.match(sequence).num_tokens
+        self.line.join(sequence)
 
     def cancel(self, request: str, choices: list[int] | None = None) -> None:
         """Nobody waits for these choices (default: all) any more. Their blocks are freed when their plans have returned."""
@@ -106,36 +109,32 @@ class Batcher:
         for choice in list(live) if choices is None else choices:
             if choice in live:
                 self._end(live[choice], "cancelled")
+        if request in self._groups:
+            group = self._groups[request]
+            group.wanted.difference_update(group.wanted if choices is None else choices)
+            if not group.wanted:
+                self._end_group(group)
 
     def has_request(self, request: str) -> bool:
         """Whether at least one of its choices still runs or waits."""
-        return request in self._requests
+        return request in self._requests or request in self._groups
 
     @property
     def num_sequences(self) -> int:
-        """Sequences that still run or wait."""
-        return sum(len(live) for live in self._requests.values())
+        """Sequences that still run or wait, and those that may come to run in the groups of beams."""
+        return sum(len(live) for live in self._requests.values()) + sum(group.width for group in self._groups.values())
 
     # --- KV on its way from or to another engine (cluster/transfers.py) ---------------------------------------------
 
     def open_table(self, match: PrefixMatch, salt: str, num_tokens: int) -> int | None:
         """A table that is no sequence's: it holds the blocks of `match`, and new ones up to `num_tokens`. None if running sequences
         have a claim on those."""
-        kv = self.kv
-        taken = kv.blocks_for(num_tokens) - len(match.blocks) + match.idle
-        if taken > kv.num_free - self._blocks_promised():
-            return None
-        seq = self._next_seq
-        self._next_seq += 1
-        kv.admit(seq, match, salt, num_tokens)
-        kv.allocate(seq, num_tokens)
-        self._besides[seq] = num_tokens
-        return seq
+        seq = self._number()
+        return seq if self._set.open_table(seq, match, salt, num_tokens) else None
 
     def close_table(self, seq: int, key: Key = b"", num_tokens: int = 0) -> None:
         """End it. What it has of the first `num_tokens` of the packed tokens `key` can be found from now on."""
-        del self._besides[seq]
-        self.kv.release(seq, key, num_tokens)
+        self._set.close_table(seq, key, num_tokens)
 
     def set_aside(self, sequence: Sequence) -> None:
         """It waits for KV, not for a place."""
@@ -144,25 +143,29 @@ class Batcher:
     def bring_back(self, sequence: Sequence) -> None:
         """It waits for its place again, if anybody still waits for it."""
         if self.line.bring_back(sequence):
-            sequence.expected = self._match(sequence).num_tokens
+            sequence.expected = self._set.match(sequence).num_tokens
 
     # --- scheduling -------------------------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next iteration, launched: None if nothing can run now. Call while fewer than config.depth plans are in flight."""
         self._end_static_batch()
-        self.line.release(self._can_fork)
+        self.line.release(self._set.can_fork)
         self.kv.begin_plan()
         plan = StepPlan(epoch=self.epoch, step=self._next_step, admitted=[], chunks=[], copies=[], finished=[])
         chosen: list[Sequence] = []
+        forks, self._forks = self._forks, []
+        for beam in forks:
+            if not self._set.fork(beam, plan):
+                self._stand_in_line(beam)
         decodes = self._schedule_decodes(plan, chosen)
         budget = self._prefill_budget(self.config.max_num_batched_tokens - decodes)
         budget = self._schedule_prefills(plan, chosen, budget)
         self._admit(plan, chosen, budget)
         if not plan.chunks and not plan.admitted:
             return None
-        plan.finished.extend(self._gone)
-        self._gone.clear()
+        plan.finished.extend(self._set.gone)
+        self._set.gone.clear()
         self._next_step += 1
         for sequence in chosen:
             sequence.started_at = now if sequence.started_at is None else sequence.started_at
@@ -201,71 +204,31 @@ class Batcher:
         static = self.config.batching != "continuous"
         if not self.line.waiting or (static and self.running):
             return
-        free = self.kv.num_free - self._blocks_promised()
-        while self.line.waiting and len(self.running) < self.config.max_num_seqs and (budget > 0 or static):
+        places, free = self._set.free()
+        while self.line.waiting and (budget > 0 or static):
             sequence = self.line.waiting[0]
-            taken = self._enter(sequence, plan, free)
+            claim = self._set.claim(sequence)
+            # What a group needs for its forks has to be free when it begins, unless nobody else runs.
+            forks = self._set.margin * (claim - 1) if self.running else 0
+            taken = self._set.enter(sequence, plan, free - forks) if claim <= places else None
             if taken is None:
-                break
-            free -= taken
+                stalled = self._set.stalled(sequence)
+                if stalled is None:
+                    break
+                self._set.preempt(stalled)
+                places, free = self._set.free()
+                continue
+            places, free = places - claim, free - taken - self._set.margin * claim
             self.line.waiting.pop(0)
-            bisect.insort(self.running, sequence, key=_order)
             count = min(sequence.schedulable, budget)
             if count > 0 and self._run(sequence, count, plan, chosen):
                 budget -= count
-
-    def _enter(self, sequence: Sequence, plan: StepPlan, free: int) -> int | None:
-        """Give `sequence` a block table if the `free` blocks hold all of its known tokens; returns how many it will take soon."""
-        parent = sequence.parent
-        if parent is not None and self._can_fork(parent):
-            shared = len(sequence.request.prompt) - 1
-            taken = self.kv.blocks_for(sequence.num_tokens) - shared // self.config.block_size
-            beginning = self.kv.fork(parent.seq, sequence.seq, shared) if taken <= free else None
-            sequence.cached = parent.cached
-        else:
-            match = self._match(sequence)
-            taken = self.kv.blocks_to_admit(sequence.num_tokens, sequence.max_num_tokens) - len(match.blocks) + match.idle
-            salt, longest = sequence.request.cache_salt, sequence.max_num_tokens
-            beginning = self.kv.admit(sequence.seq, match, salt, longest) if taken <= free else None
-            if beginning is not None and not sequence.sent:
-                sequence.cached = beginning.num_tokens
-                if self.kv.tree is not None and sequence.scoring.complete:
-                    self.counters.looked_up += sequence.num_tokens
-                    self.counters.cached += beginning.num_tokens
-        if beginning is None:
-            return None
-        if beginning.copy is not None:
-            plan.copies.append(beginning.copy)
-        sequence.num_computed = beginning.num_tokens
-        sequence.parent = None
-        new = None if sequence.sent else sequence.introduction()
-        plan.admitted.append(Admission(sequence.seq, sequence.num_computed, list(self.kv.table(sequence.seq)), new))
-        sequence.sent = True
-        return taken + self._margin
-
-    def _match(self, sequence: Sequence) -> PrefixMatch:
-        return self.kv.match(sequence.key, sequence.request.cache_salt) if sequence.scoring.complete else NO_MATCH
-
-    def _can_fork(self, parent: Sequence) -> bool:
-        return self.kv.holds(parent.seq) and parent.num_computed >= len(parent.request.prompt) - 1
-
-    @property
-    def _margin(self) -> int:
-        """Blocks to keep free for each running sequence: with paging, the next one to decode into."""
-        return 1 if self.config.reservation == "paged" else 0
-
-    def _blocks_promised(self) -> int:
-        """What the running sequences will take soon: the rest of their prompts, and the margin."""
-        if self.config.reservation != "paged":
-            return 0
-        known = sum(max(0, self.kv.blocks_for(s.num_tokens) - len(self.kv.table(s.seq))) for s in self.running)
-        return known + self._margin * len(self.running)
 
     def _run(self, sequence: Sequence, count: int, plan: StepPlan, chosen: list[Sequence]) -> bool:
         """Add a chunk of `count` tokens; False if there are no blocks for it now."""
         end = sequence.num_computed + count
         blocks = self.kv.allocate(sequence.seq, end)
-        while blocks is None and self._make_room(sequence):
+        while blocks is None and self._set.make_room(sequence):
             blocks = self.kv.allocate(sequence.seq, end)
         if blocks is None:
             return False
@@ -293,26 +256,6 @@ class Batcher:
         sequence.in_flight += 1
         chosen.append(sequence)
 
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Free the blocks of one sequence that is in no launched plan, nor in the one being made: a finished one that a static
-        batch holds, else the youngest that arrived after `sequence`. False if there is none."""
-        idle = [s for s in self.running if s.in_flight == 0 and s is not sequence]
-        done = next((s for s in idle if s.finish is not None), None)
-        if done is not None:
-            self._release(done)
-            return True
-        if not idle or idle[-1].order < sequence.order:
-            return False
-        self._preempt(idle[-1])
-        return True
-
-    def _preempt(self, victim: Sequence) -> None:
-        self._give_back(victim)
-        victim.num_computed = 0
-        self.counters.preemptions += 1
-        self.line.join(victim)
-        self.line.recall(victim)
-
     def _prefill_budget(self, left: int) -> int:
         """With several stages prompts are cut so that they are through the last one soonest (see StepCost)."""
         if self.config.pp == 1 or self.config.depth == 1:
@@ -337,16 +280,21 @@ class Batcher:
         for chunk, sequence in zip(launched.plan.chunks, launched.sequences, strict=True):
             sequence.in_flight -= 1
             delta = sequence.news(told.get(chunk.seq))
+            outcome: list[TokenDelta] = []
+            wanted = self.has_request(delta.request)
             if sequence.finish is not None:
                 if sequence.in_flight == 0:
                     self._leave(sequence)  # cancelled, or finished earlier, while plans held it
+            elif isinstance(sequence, Beam):
+                outcome = self._advance_beam(sequence, drawn[chunk.seq].logprobs[0]) if chunk.sample else []
             elif chunk.sample:
                 self._advance(sequence, drawn[chunk.seq], delta)
             elif sequence.params.max_tokens == 0 and sequence.schedulable == 0 and sequence.in_flight == 0:
                 delta.finish = "length"  # there was only the prompt to be told of
                 self._end(sequence, "length")
-            if delta.tokens or delta.finish is not None or (delta.prompt_logprobs and self.has_request(delta.request)):
+            if delta.tokens or delta.finish is not None or (delta.prompt_logprobs and wanted):
                 deltas.append(delta)
+            deltas += outcome
             if sequence.params.max_tokens == 0 and delta.finish is not None:
                 deltas.extend(self._end_siblings(delta.request))
         return deltas
@@ -377,6 +325,23 @@ class Batcher:
         if delta.finish is not None:
             self._end(sequence, delta.finish)
 
+    def _advance_beam(self, beam: Beam, told: TokenLogprobs) -> list[TokenDelta]:
+        """Take in what may come after one beam; the outcome of its group, if that was all it waited for."""
+        group = beam.group
+        if not group.take(beam, told):
+            return []
+        left, forked = group.turn()
+        self._forks += forked
+        for other in left:
+            self._dismiss(other)
+        if group.over:
+            self._end_group(group)
+            return group.outcome()
+        for other in group.beams:
+            if other.parent is None and not self.kv.holds(other.seq):
+                self._stand_in_line(other)
+        return []
+
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         if token in sequence.params.stop_token_ids:
             return "stop"
@@ -393,69 +358,53 @@ class Batcher:
             del self._requests[sequence.request.id]
         self.line.orphan(sequence)
         if self.line.leave(sequence):
-            self._forget(sequence)
+            self._set.forget(sequence)
         elif sequence.in_flight == 0:
             self._leave(sequence)
+
+    def _end_group(self, group: BeamGroup) -> None:
+        """Nothing more of a beam search is wanted."""
+        del self._groups[group.request.id]
+        self._forks = [beam for beam in self._forks if beam.group is not group]
+        for beam in group.beams:
+            self._dismiss(beam)
+
+    def _dismiss(self, beam: Beam) -> None:
+        """It leaves, from wherever it is, as soon as no launched plan holds it."""
+        beam.finish = "cancelled"
+        if self.line.leave(beam) or not self.kv.holds(beam.seq):
+            self._set.forget(beam)
+        elif beam.in_flight == 0:
+            self._set.release(beam)
 
     def _leave(self, sequence: Sequence) -> None:
         """Out of the running set; a static batch keeps its memory until the longest is done."""
         if self.config.batching == "continuous":
-            self._release(sequence)
+            self._set.release(sequence)
 
     def _end_static_batch(self) -> None:
         if self.config.batching != "continuous" and all(s.finish is not None and s.in_flight == 0 for s in self.running):
             for sequence in list(self.running):
-                self._release(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        self._give_back(sequence)
-        self._forget(sequence)
-
-    def _give_back(self, sequence: Sequence) -> None:
-        """Out of the running set; the prefix cache keeps the KV of its whole blocks, as long as there is room."""
-        self.running.remove(sequence)
-        self.kv.release(sequence.seq, sequence.key, sequence.num_computed)
-
-    def _forget(self, sequence: Sequence) -> None:
-        if sequence.sent:
-            self._gone.append(sequence.seq)
+                self._set.release(sequence)
 
     # --- readings ---------------------------------------------------------------------------------------------------
 
     def credit(self) -> Credit:
-        """What could be taken besides all that was: free slots nobody has a claim on, and sequences.
-
-        A few sequences more than run are asked for, so that a next one is here when a place falls free.
-        """
-        queued = sum(self.kv.blocks_to_admit(s.num_tokens, s.max_num_tokens) for s in self.line.everyone())
-        claimed = self._blocks_promised() + queued
-        tokens = (self.kv.num_free - claimed) * self.config.block_size
-        return Credit(max(0, tokens), max(0, self.capacity().sequences - self.num_sequences))
+        """What could be taken besides all that was."""
+        return self._set.credit(self.num_sequences)
 
     def capacity(self) -> Credit:
         """The credit when idle."""
-        return Credit(self.config.pool_tokens, self.config.max_num_seqs + max(1, self.config.max_num_seqs // 8))
+        return self._set.capacity()
 
     def stats(self) -> EngineStats:
         """Gauges of this moment."""
-        ledger = self.kv.ledger({s.seq: s.num_computed for s in self.running} | self._besides)
-        return EngineStats(
-            running=len(self.running),
-            waiting=len(self.line),
-            in_flight=len(self.in_flight),
-            blocks_total=self.config.num_blocks - 1,
-            blocks_used=self.kv.pool.num_held,
-            slots_allocated=ledger.allocated,
-            slots_used=ledger.used,
-            slots_shared=ledger.shared,
-            blocks_cached=self.kv.pool.num_used - self.kv.pool.num_held,
-            backlog=sum(s.ahead for s in itertools.chain(self.running, self.line.waiting)),
-        )
+        return self._set.stats(len(self.in_flight))
 
     def check_integrity(self) -> None:
         """Raise unless tables, running set and requests agree."""
         self.kv.check_integrity()
-        assert {s.seq for s in self.running} | self._besides.keys() == self.kv.sequences, "tables and running set differ"
+        assert {s.seq for s in self.running} | self._set.besides.keys() == self.kv.sequences, "tables and running set differ"
         assert self.running == sorted(self.running, key=_order)
         assert self.line.waiting == sorted(self.line.waiting, key=_order)
         counted: dict[int, int] = {}
@@ -466,5 +415,5 @@ class Batcher:
             assert sequence.in_flight == counted.get(sequence.seq, 0), f"sequence {sequence.seq} miscounts its plans"
 
 
-def _order(sequence: Sequence) -> tuple[float, int]:
+def _order(sequence: Sequence) -> tuple[float, ...]:
     return sequence.order

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from cluster.batcher import Counters
 from cluster.protocol import MetricSample
+from cluster.running import Counters
 from cluster.transfers import TransferCounts
 
 

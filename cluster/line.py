@@ -98,5 +98,5 @@ class WaitingLine:
         return [s for s in self.waiting if s.parent is parent]
 
 
-def _order(sequence: Sequence) -> tuple[float, int]:
+def _order(sequence: Sequence) -> tuple[float, ...]:
     return sequence.order

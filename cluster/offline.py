@@ -159,6 +159,8 @@ class _Run:
         self._choices: dict[tuple[str, int], tuple[int, Choice]] = {}
         requests: list[Request] = []
         for number, (prompt, own) in enumerate(zip(prompts, each, strict=True)):
+            if own.beam_width and reading.stops:
+                raise ValueError(f"prompt {number}: a beam search has no stop strings, only stop tokens")
             own = own if ignore_eos else llm.with_eos(own)
             request = _request(llm.next_id(), llm.prepared(prompt), own)
             impossible = llm.batcher.why_impossible(request)

@@ -97,7 +97,7 @@ class Sequence:
         return max(1, self.schedulable - (0 if self.num_computed else self.expected)) if self.schedulable > 1 else 0
 
     @property
-    def order(self) -> tuple[float, int]:
+    def order(self) -> tuple[float, ...]:
         """First come first served."""
         return (self.received_at, self.seq)
 

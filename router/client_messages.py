@@ -60,6 +60,9 @@ class Parameters(TypedDict, total=False):
     add_special_tokens: bool | None
     """Not with a chat."""
     cache_salt: str | None
+    use_beam_search: bool | None
+    length_penalty: float | None
+    early_stopping: bool | None
     chat_template_kwargs: Mapping[str, Any] | None
     """With a chat only, as the next."""
     add_generation_prompt: bool | None

@@ -30,7 +30,7 @@ def generation_request(message: pb.GenerationRequest, *, streamed: bool) -> Comp
     """The HTTP request that asks for the same. Raises ApiError, which names the first field that is wrong."""
     if streamed and message.HasField("prompt_logprobs"):
         raise bad_request("prompt_logprobs", "'prompt_logprobs' is Complete's: a stream tells nothing of the prompt.")
-    if streamed and message.best_of > 1:
+    if streamed and message.best_of > 1 and not message.use_beam_search:
         raise bad_request("best_of", "'best_of' is Complete's: which outputs are best is known at the end.")
     values = _given(message)
     values.pop("timeout_s", None)

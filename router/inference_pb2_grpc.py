@@ -65,7 +65,7 @@ class InferenceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Continue a prompt, step by step. best_of and prompt_logprobs are Complete's.
+        """Continue a prompt, step by step; a beam search comes in one. best_of without it and prompt_logprobs are Complete's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

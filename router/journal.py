@@ -302,7 +302,7 @@ class Journal:
             reply_to=self.config.address,
             num_tokens=prompt + sum(choices),
             longest=prompt + params.max_tokens,
-            sequences=len(choices),
+            sequences=params.beam_width or len(choices),
             arrival=entry.arrival,
             deadline_s=max(0.0, entry.deadline - now),
             names=entry.names,

@@ -27,6 +27,12 @@ from router.schemas import (
 )
 from router.tokenizer import Tokenizer
 
+_NOT_WITH_BEAMS = (
+    *("stop", "logit_bias", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+_BEAMS_ONLY = ("length_penalty", "early_stopping")
+
 GREEDY_BELOW = 1e-5
 """Temperatures that fp32 logits can't be divided by are taken for 0."""
 
@@ -161,8 +167,12 @@ class Preparer:
     ) -> Job:
         self._check_tokens(request.stop_token_ids, "stop_token_ids")
         self._check_tokens(request.logit_bias, "logit_bias")
+        _check_beams(request)
         _check_told(request, prompts)
         size_param, asked = request.output_size
+        blamed = size_param if asked else prompt_param
+        if request.use_beam_search:  # lengths were checked: what an engine may still find too large is the width
+            blamed = "n" if request.best_of is None else "best_of"
         generations = [
             Generation(
                 id=f"{request_id}-{number}",
@@ -182,7 +192,7 @@ class Preparer:
             asked_stops=frozenset(request.stop_token_ids),
             echo=_echoes(request),
         )
-        return Job(generations, prompts, reading, request.n if _ranks(request) else None, size_param if asked else prompt_param)
+        return Job(generations, prompts, reading, request.n if _ranks(request) else None, blamed)
 
     def _params(self, request: GenerationRequest, max_tokens: int, logprobs: int | None) -> SamplingParams:
         if request.min_tokens > max_tokens:
@@ -191,7 +201,7 @@ class Preparer:
         return SamplingParams(
             seed=secrets.randbits(64) if request.seed is None else request.seed % 2**64,
             max_tokens=max_tokens,
-            n=request.choices,
+            n=request.n if request.use_beam_search else request.choices,
             temperature=0.0 if request.temperature < GREEDY_BELOW else request.temperature,
             top_k=min(max(request.top_k, 0), self._model.vocab_size),
             top_p=request.top_p,
@@ -204,6 +214,9 @@ class Preparer:
             stop_token_ids=tuple(stops),
             prompt_logprobs=max(_told(request).values(), default=None),
             min_tokens=request.min_tokens,
+            beam_width=request.choices if request.use_beam_search else 0,
+            length_penalty=request.length_penalty,
+            early_stopping=request.early_stopping,
         )
 
     def _max_tokens(self, prompt: int, prompt_param: str, size_param: str, asked: int | None, default: int | None) -> int:
@@ -254,7 +267,20 @@ def _echoes(request: GenerationRequest) -> bool:
 
 def _ranks(request: GenerationRequest) -> bool:
     """The answer's choices are ordered by their log-probabilities."""
-    return request.choices > 1 and request.best_of is not None
+    return request.choices > 1 and request.best_of is not None and not request.use_beam_search
+
+
+def _check_beams(request: GenerationRequest) -> None:
+    """A search takes the model's own log-probabilities as they are, draws nothing, and ends outputs by tokens alone."""
+    beams, fields = request.use_beam_search, type(request).model_fields
+    for param in _NOT_WITH_BEAMS if beams else _BEAMS_ONLY:
+        if getattr(request, param) != fields[param].default and (param, getattr(request, param)) != ("top_k", -1):
+            raise bad_request(param, f"'{param}' is {'not available' if beams else 'only allowed'} when 'use_beam_search' is true.")
+    if beams and request.temperature not in (0.0, 1.0):
+        raise bad_request("temperature", "'temperature' must be 0 or 1 when 'use_beam_search' is true: a search draws nothing.")
+    param, size = request.output_size
+    if beams and size == 0:
+        raise bad_request(param, f"'{param}' must be at least 1 when 'use_beam_search' is true.")
 
 
 def _told(request: GenerationRequest) -> dict[str, int]:

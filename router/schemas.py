@@ -23,6 +23,7 @@ MAX_STOP_TOKENS = 128
 MAX_BIASES = 1024
 MAX_TOKENIZED = 2**20
 """Characters that /tokenize takes, and tokens that /detokenize takes: about a second of work."""
+MAX_LENGTH_PENALTY = 10.0
 MAX_REPETITION = 10.0
 """A tenth of a logit, or ten times as much, already all but forces or forbids a token; far beyond, logits overflow fp32
 to infinities, of which softmax makes no numbers."""
@@ -140,7 +141,14 @@ class GenerationRequest(_Strict):
     """The served model's name; there is only one, so it may be left out."""
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    """So many choices are generated; the `n` with the highest mean log-probability per token are the answer, best first."""
+    """So many choices are generated; the `n` with the highest mean log-probability per token are the answer, best first. Of a beam
+    search it is the width."""
+    use_beam_search: bool = False
+    """Search for the `n` likeliest outputs, with `best_of` (else `n`) beams, instead of drawing tokens; best first."""
+    length_penalty: float = Field(1.0, ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)
+    """Of a beam search: outputs are ranked by their log-probability over length ** length_penalty."""
+    early_stopping: bool = False
+    """Of a beam search: end it as soon as there are as many outputs as beams."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float = Field(1.0, ge=0, le=100)
@@ -177,7 +185,6 @@ class GenerationRequest(_Strict):
     prompt_cache_options: Any = None
 
     # Refused.
-    use_beam_search: Annotated[Any, _refused(False)] = None
     spaces_between_special_tokens: Annotated[Any, _refused(True)] = None
     truncate_prompt_tokens: Annotated[Any, _refused()] = None
     return_tokens_as_token_ids: Annotated[Any, _refused(False)] = None
@@ -196,7 +203,7 @@ class GenerationRequest(_Strict):
             raise _of("stream_options", "is only allowed when 'stream' is true")
         if self.best_of is not None and self.best_of < self.n:
             raise _of("best_of", "must be at least 'n'")
-        if self.best_of is not None and self.best_of > 1 and self.stream:
+        if self.best_of is not None and self.best_of > 1 and self.stream and not self.use_beam_search:
             raise _of("best_of", "is not available when 'stream' is true: which choices are best is known at the end")
         if self.prompt_logprobs is not None and self.stream:
             raise _of("prompt_logprobs", "is not available when 'stream' is true")
@@ -217,7 +224,7 @@ class GenerationRequest(_Strict):
 
     @property
     def choices(self) -> int:
-        """How many are generated for each prompt."""
+        """How many are generated for each prompt, or are searched at once."""
         return self.n if self.best_of is None else self.best_of
 
     @property

@@ -40,6 +40,15 @@ class DrawSetup:
         )
 
     @property
+    def candidates(self) -> int:
+        """So many likeliest tokens are told of a beam: all stop tokens may be among them, and still enough are left to go on with.
+        0 where a token is drawn."""
+        params = self.params
+        if not params.beam_width:
+            return 0
+        return max(params.beam_width + len(params.stop_token_ids), params.logprobs or 0)
+
+    @property
     def greedy(self) -> bool:
         """Arg-max after penalties and bias."""
         return self.params.temperature < _COLDEST

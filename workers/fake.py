@@ -36,6 +36,20 @@ def score(state: int, token: int) -> float:
     return -(mix(state, token) % 997) / 64
 
 
+def likeliest(state: int, count: int, vocab_size: int) -> TokenLogprobs:
+    """The likeliest tokens after a prefix whose hash at the last stage is `state`: of each state other ones, and often equally
+    likely."""
+    logprobs: dict[int, float] = {}
+    logprob = 0.0
+    for number in range(2 * vocab_size):
+        if len(logprobs) == count:
+            break
+        token = mix(state, number) % vocab_size
+        logprob -= (token % 8) / 16
+        logprobs.setdefault(token, logprob)
+    return TokenLogprobs(0.0, list(logprobs), list(logprobs.values()))
+
+
 class FakeStage:
     """Stage `stage` of a pipeline of `num_stages`."""
 
@@ -95,6 +109,9 @@ class FakeStage:
 
     def _draw(self, span: Span, state: int) -> ChunkResult:
         params = span.state.params
+        if count := span.state.draws.candidates:
+            told = likeliest(state, count, self.vocab_size)
+            return ChunkResult(span.state.seq, told.top_ids[:1], [told])
         token = draw(state, params, span.state.choice, self.vocab_size, span.end - span.state.num_prompt)
         self.table.commit(span, [token])
         logprobs = [] if params.logprobs is None else [TokenLogprobs(-(token / self.vocab_size), [], [])]
@@ -126,6 +143,35 @@ def fake_output(prompt: Sequence[int], params: SamplingParams, choice: int, num_
             break
         value = _forward(states, output[-1])
     return output
+
+
+def fake_beams(prompt: Sequence[int], params: SamplingParams, num_stages: int, vocab_size: int = 997) -> list[list[int]]:
+    """The n outputs that a beam search must give, best first, computed likewise."""
+    width, stops = params.beam_width, params.stop_token_ids
+    states = [0] * num_stages
+    for token in prompt:
+        _forward(states, token)
+    beams: list[tuple[float, list[int], list[int]]] = [(0.0, [], states)]
+    done: list[tuple[float, list[int]]] = []
+    for length in range(1, params.max_tokens + 1):
+        found: list[tuple[float, int, int]] = []
+        for number, (total, output, states) in enumerate(beams):
+            told = likeliest(states[-1], width + len(stops), vocab_size)
+            allowed = [i for i, token in enumerate(told.top_ids) if token not in stops or len(output) >= params.min_tokens]
+            found += [(-total - told.top_logprobs[i], number, told.top_ids[i]) for i in allowed]
+        found.sort()
+        outputs = [(-minus, [*beams[number][1], token], list(beams[number][2])) for minus, number, token in found]
+        ends = [output[-1] in stops or length == params.max_tokens for _, output, _ in outputs]
+        ended = [output for output, end in zip(outputs[:width], ends, strict=False) if end]
+        done += [(total / length**params.length_penalty, output) for total, output, _ in ended]
+        done = sorted(done, key=lambda hypothesis: -hypothesis[0])[:width]
+        beams = [output for output, end in zip(outputs, ends, strict=True) if not end][:width]
+        full = len(done) == width and bool(beams)
+        if not beams or (full and (params.early_stopping or beams[0][0] / length**params.length_penalty <= done[-1][0])):
+            break
+        for _, output, states in beams:
+            _forward(states, output[-1])
+    return ([output for _, output in done] + [[]] * params.n)[: params.n]
 
 
 def _forward(states: list[int], value: int) -> int:

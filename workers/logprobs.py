@@ -1,5 +1,6 @@
 """Log-probabilities under the model's own distribution: before penalties, bias, temperature and filters."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import islice
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cluster.protocol import PromptScores, TokenLogprobs
+from workers.selection import where
 from workers.sequences import Span
 
 _MOST_ROWS = 256
@@ -29,6 +31,28 @@ def describe(raw: Tensor, tokens: Tensor, counts: Sequence[int], *, ranked: bool
     ranks: list[int | None] = ((raw > own).sum(-1) + 1).tolist() if ranked else [None] * len(tokens)
     rows = zip((own - normalizer)[:, 0].tolist(), ids.tolist(), (values - normalizer).tolist(), counts, ranks, strict=True)
     return [TokenLogprobs(logprob, top[:count], logprobs[:count], rank) for logprob, top, logprobs, count, rank in rows]
+
+
+def likeliest(raw: Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
+    """The counts[i] likeliest tokens of each row of raw [n, vocab] fp32, the first of them as the chosen one.
+
+    Of equal ones the lowest ids come first, and are told where there is no room for all: whatever the other rows ask for.
+    """
+    normalizer = raw.logsumexp(-1, keepdim=True)
+    most = [min(count, raw.shape[1]) for count in counts]
+    values = raw.topk(max(most), dim=-1).values
+    least = values.gather(1, torch.tensor(most, device=raw.device)[:, None] - 1)
+    rows, ids = where(raw >= least)
+    found: list[list[tuple[float, int]]] = [[] for _ in counts]
+    logprobs = (raw - normalizer)[rows, ids]
+    for row, minus, id in zip(rows.tolist(), (-logprobs).tolist(), ids.tolist(), strict=True):
+        found[row].append((minus, id))
+    told = []
+    for entries, count in zip(found, most, strict=True):
+        best = sorted(entries)[:count]
+        top = [-minus for minus, _ in best]
+        told.append(TokenLogprobs(top[0] if top else math.nan, [id for _, id in best], top))
+    return told
 
 
 def score_prompts(

@@ -139,7 +139,8 @@ class ModelRunner:
         draws = self._sampler.draw(logits, drawing)
         results = []
         for span, draw in zip(drawing, draws, strict=True):
-            self._sequences.commit(span, [draw.token])
+            if not span.state.draws.candidates:  # of beams the engine says which token comes next
+                self._sequences.commit(span, [draw.token])
             results.append(ChunkResult(span.state.seq, [draw.token], [draw.logprobs] if draw.logprobs else []))
         return results
 

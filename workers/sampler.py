@@ -9,7 +9,7 @@ from torch import Tensor
 from cluster.protocol import TokenLogprobs
 from workers.filters import thresholds
 from workers.keys import position_keys
-from workers.logprobs import describe
+from workers.logprobs import describe, likeliest
 from workers.noise import GumbelNoise
 from workers.penalties import adjust
 from workers.selection import argmax, where
@@ -21,7 +21,7 @@ _MANY = 0.05
 
 @dataclass(frozen=True)
 class Draw:
-    """One drawn token."""
+    """One drawn token; of a beam the likeliest one."""
 
     token: int
     logprobs: TokenLogprobs | None
@@ -39,6 +39,8 @@ class Sampler:
         The token drawn after a span has the position span.end in its sequence: the noise depends on it.
         """
         setups = [span.state.draws for span in spans]
+        if any(setup.candidates for setup in setups):
+            return self._draw_mixed(logits, spans, [i for i, setup in enumerate(setups) if setup.candidates])
         reporting = [i for i, setup in enumerate(setups) if setup.params.logprobs is not None]
         raw = logits[reporting] if reporting else logits[:0]
         adjusted = [i for i, setup in enumerate(setups) if setup.adjusted]
@@ -58,6 +60,15 @@ class Sampler:
         logprobs = describe(raw, tokens[reporting], counts) if reporting else []
         by_row = dict(zip(reporting, logprobs, strict=True))
         return [Draw(token, by_row.get(i)) for i, token in enumerate(tokens.tolist())]
+
+    def _draw_mixed(self, logits: Tensor, spans: Sequence[Span], beams: Sequence[int]) -> list[Draw]:
+        """As draw(), where rows `beams` are those of beams, of which nothing is drawn."""
+        told = likeliest(_rows(logits, list(beams)), [spans[i].state.draws.candidates for i in beams])
+        drawn = {i: Draw(next(iter(entry.top_ids), 0), entry) for i, entry in zip(beams, told, strict=True)}
+        others = [i for i in range(len(spans)) if i not in drawn]
+        if others:
+            drawn |= zip(others, self.draw(logits[others], [spans[i] for i in others]), strict=True)
+        return [drawn[i] for i in range(len(spans))]
 
     def _draw_plain(self, logits: Tensor, spans: Sequence[Span]) -> Tensor:
         """Any token can come."""

@@ -98,12 +98,21 @@ class SequenceTable:
     def _admit(self, admission: Admission) -> None:
         if admission.new is not None:
             self.states[admission.seq] = _new_state(admission.seq, admission.new)
+        elif admission.parent is not None:
+            self.states[admission.seq] = self._forked(admission.seq, admission.parent, admission.num_computed)
         state = self.states.get(admission.seq)
         if state is None:
             raise PlanError(f"sequence {admission.seq} is admitted, but was never sent")
         state.num_blocks = 0
         state.num_computed = admission.num_computed
         state.add_blocks(admission.blocks)
+
+    def _forked(self, seq: int, parent: int, num_tokens: int) -> SequenceState:
+        known = self.states.get(parent)
+        if known is None or known.num_tokens < num_tokens:
+            raise PlanError(f"sequence {seq} is a fork of {parent} after {num_tokens} tokens, which are not known here")
+        blocks = np.zeros(len(known.blocks), dtype=np.int32)
+        return SequenceState(seq, known.choice, known.draws, known.num_prompt, known.tokens.copy(), num_tokens, blocks)
 
     def _advance(self, chunk: Chunk) -> Span:
         state = self.states.get(chunk.seq)

@@ -18,7 +18,7 @@ class Place(Wire, tag=True, kw_only=True):
     longest: int
     """The most tokens one of its sequences can come to."""
     sequences: int
-    """Choices still to run."""
+    """Choices still to run, or the beams that they are chosen from."""
     arrival: float
     """Scheduler-independent order of arrival: the router's unix time when the client's request came."""
     deadline_s: float | None = None

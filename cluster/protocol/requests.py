@@ -34,6 +34,13 @@ class SamplingParams(Wire, kw_only=True):
     """As logprobs, of the prompt's own tokens, the first excepted: nothing comes before it. max_tokens may then be 0."""
     min_tokens: int = 0
     """Until so many tokens of a choice were generated, its stop tokens can't be drawn, nor does a stop string end it."""
+    beam_width: int = 0
+    """0: draw tokens. Else beam search with so many live beams, of which the n best outputs are the choices, best first. It goes by
+    the model's own log-probabilities: temperature and seed change nothing, penalties, bias and filters don't go with it."""
+    length_penalty: float = 1.0
+    """Of beam search: outputs are ranked by their log-probability over length ** length_penalty."""
+    early_stopping: bool = False
+    """Of beam search: end as soon as there are beam_width outputs, even if a live beam might still be better than one of them."""
 
 
 class Request(Wire, kw_only=True):

@@ -17,13 +17,15 @@ class NewSequence(Wire, kw_only=True):
 class Admission(Wire):
     """A sequence enters (or, after a preemption, re-enters) the running set with this block table.
 
-    The first `num_computed` positions of the table hold valid KV; `new` comes with the first admission only.
+    The first `num_computed` positions of the table hold valid KV; `new` or `parent` comes with the first admission only.
     """
 
     seq: int
     num_computed: int
     blocks: list[int]
     new: NewSequence | None = None
+    parent: int | None = None
+    """It is a fork: what is known of this sequence, up to `num_computed`, is known of it too."""
 
 
 class Chunk(Wire):
@@ -59,7 +61,11 @@ class StepPlan(Wire, tag=True, kw_only=True):
 
 
 class ChunkResult(Wire):
-    """Of one chunk with `sample`: the tokens drawn (several only for verified drafts)."""
+    """Of one chunk with `sample`: the tokens drawn (several only for verified drafts).
+
+    Of a beam: the likeliest token, and in `logprobs` one entry with as many likeliest ones as beam_width and stop tokens come to,
+    or as many as are asked for. Which of them comes next is the engine's to say, in `tokens` of the next chunk.
+    """
 
     seq: int
     tokens: list[int]

@@ -20,7 +20,7 @@ from kv.index import unpack
 from kv.names import BlockNames
 from router.generation import Generation
 from router.journal import Journal, JournalConfig
-from workers.fake import FakeStage, fake_output, fake_scores
+from workers.fake import FakeStage, fake_beams, fake_output, fake_scores
 
 STEP_TIMEOUT_S = 5.0
 PULL_TIMEOUT_S = 2.0
@@ -413,8 +413,9 @@ class Simulation:
         """Every client has exactly its tokens; those who left early have a beginning of them."""
         for id, client in self.clients.items():
             assert client.scores == self._scores_of(client)[: len(client.scores)], id
+            beams = fake_beams(client.prompt, client.params, self.batch.pp) if client.params.beam_width else []
             for choice in range(client.params.n):
-                wanted = fake_output(client.prompt, client.params, choice, self.batch.pp)
+                wanted = beams[choice] if beams else fake_output(client.prompt, client.params, choice, self.batch.pp)
                 given = client.tokens[choice]
                 if client.finish[choice] is not None:
                     assert given == wanted, f"{id}/{choice}"

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.batcher import Batcher
+from cluster.beams import Beam
 from cluster.config import BatchConfig
 from cluster.protocol import Request, StepPlan, StepResult
 from kv.manager import KVManager
 from tests.cluster.messages import request
 from tests.conftest import examples
-from workers.fake import FakeStage, fake_output, fake_scores
+from workers.fake import FakeStage, fake_beams, fake_output, fake_scores
 
 
 @dataclass
@@ -52,12 +53,16 @@ class Rig:
             tokens = self.given.setdefault((delta.request, delta.choice), [])
             assert delta.index == len(tokens)
             tokens += delta.tokens
-            wanted = fake_output(asked.prompt, asked.params, delta.choice, len(self.stages))
+            if asked.params.beam_width:
+                wanted = fake_beams(asked.prompt, asked.params, len(self.stages))[delta.choice]
+                assert delta.finish is not None or not delta.tokens, "beams are told of at their end"
+            else:
+                wanted = fake_output(asked.prompt, asked.params, delta.choice, len(self.stages))
             assert tokens == wanted[: len(tokens)]
-            if delta.tokens:
+            if delta.tokens and not asked.params.beam_width:
                 assert (delta.finish is not None) == (len(tokens) == len(wanted))
             elif delta.finish is not None:
-                assert wanted == []
+                assert wanted == tokens
             told = fake_scores(asked.prompt, len(self.stages)) if asked.params.prompt_logprobs is not None else []
             assert scores == told[: len(scores)]
             assert len(scores) == len(told) or not (delta.tokens or delta.finish), "the prompt comes first"
@@ -97,6 +102,16 @@ def test_invariants_of_every_plan(data: st.DataObject, rig: Rig) -> None:
             asked.prompt[:] = [*range(start, start + prompt - 1), data.draw(st.integers(0, 2))]
             asked.cache_salt = data.draw(st.sampled_from(["", "", "x"]))
             asked.params.prompt_logprobs = data.draw(st.sampled_from([None, 0]))
+            forks = b.config.batching == "continuous" and b.config.reservation == "paged"
+            if forks and asked.params.max_tokens and data.draw(st.booleans()):
+                asked.params.beam_width = data.draw(st.integers(asked.params.n, max(asked.params.n, b.config.max_num_seqs)))
+                asked.params.length_penalty = data.draw(st.sampled_from([1.0, 0.0, 2.0, -1.0]))
+                asked.params.early_stopping = data.draw(st.booleans())
+                asked.params.stop_token_ids = tuple(range(data.draw(st.sampled_from([0, 2, 300]))))
+                asked.params.min_tokens = data.draw(st.sampled_from([0, 0, 3]))
+            if asked.params.beam_width > b.config.max_num_seqs:
+                assert b.why_impossible(asked) is not None
+                continue
             rig.asked[asked.id] = asked
             assert b.why_impossible(asked) is None
             b.add(asked, float(now))
@@ -120,10 +135,12 @@ def checked_schedule(b: Batcher, now: float) -> StepPlan | None:
     drawing = {c.seq for launched in b.in_flight for c in launched.plan.chunks if c.sample}
     line = {s.seq for s in b.line.waiting}
     before = {s.seq for s in b.running}
-    most = -(-len(b.running) // b.config.depth)
+    running = len(b.running)
     plan = b.schedule(now)
     if plan is None:
         return None
+    forks = [a for a in plan.admitted if a.parent is not None]
+    most = -(-(running + len(forks)) // b.config.depth)
     seqs = [c.seq for c in plan.chunks]
     assert len(seqs) == len(set(seqs)), "two chunks of one sequence"
     assert not drawing & set(seqs), "its next token is still being drawn"
@@ -132,7 +149,10 @@ def checked_schedule(b: Batcher, now: float) -> StepPlan | None:
     decodes = [c for c in plan.chunks if c.seq in before and c.num_tokens == 1 and c.sample]
     prefill_of_one = 1  # the last token of a prompt that the budget cut
     assert len(decodes) <= most + prefill_of_one, "more than its share of decodes"
-    admitted = {a.seq for a in plan.admitted}
+    groups = {s.group: s.group.width for s in b.running if isinstance(s, Beam)}
+    places = sum(not isinstance(s, Beam) for s in b.running) + sum(groups.values())
+    assert places <= b.config.max_num_seqs, "a group's beams may come to more than there is room for"
+    admitted = {a.seq for a in plan.admitted if a.parent is None}
     last = max((s.order for s in b.running if s.seq in admitted), default=(-1.0, -1))
     assert all(s.order > last for s in b.line.waiting if s.seq in line), "somebody was overtaken"
     return plan

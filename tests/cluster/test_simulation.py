@@ -17,14 +17,19 @@ FAULTS = ("kill_workers", "freeze_workers", "kill_engine", "restart_scheduler", 
 
 
 @st.composite
-def clients(draw: st.DrawFn, longest: int) -> Client:
+def clients(draw: st.DrawFn, longest: int, most_beams: int) -> Client:
     num_prompt = draw(st.integers(1, longest - 1))
     max_tokens = draw(st.integers(0, longest - num_prompt))
     at = draw(st.floats(0, 6))
+    n = draw(st.sampled_from([1, 1, 1, 2, 5]))
+    beams = max_tokens > 0 and n <= most_beams and draw(st.sampled_from([False, False, True]))
     params = SamplingParams(
         seed=draw(st.integers(0, 2**64 - 1)),
         max_tokens=max_tokens,
-        n=draw(st.sampled_from([1, 1, 1, 2, 5])),
+        n=n,
+        beam_width=draw(st.integers(n, most_beams)) if beams else 0,
+        length_penalty=draw(st.sampled_from([1.0, 0.5])) if beams else 1.0,
+        early_stopping=draw(st.booleans()) if beams else False,
         stop_token_ids=tuple(range(draw(st.sampled_from([0, 0, 100])))),
         logprobs=draw(st.sampled_from([None, 0])),
         prompt_logprobs=draw(st.sampled_from([None, 0])),
@@ -51,7 +56,8 @@ def simulations(draw: st.DrawFn, pp: int, reservation: Reservation = "paged", ba
         prefix_cache=draw(st.sampled_from(["on", "on", "on", "off"])),
     )
     longest = batch.max_sequence_tokens
-    asked = draw(st.lists(clients(max(2, longest)), min_size=1, max_size=10))
+    forks = reservation == "paged" and batching == "continuous"
+    asked = draw(st.lists(clients(max(2, longest), batch.max_num_seqs if forks else 0), min_size=1, max_size=10))
     seed = draw(st.integers(0, 2**32))
     simulation = Simulation(seed, asked, batch, num_engines=draw(st.integers(1, 2)), num_routers=draw(st.integers(1, 2)))
     for kind, time, victim in draw(st.lists(st.tuples(st.sampled_from(FAULTS), st.floats(0.5, 8), st.integers(0, 1)), max_size=4)):

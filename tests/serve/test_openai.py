@@ -136,6 +136,22 @@ def test_best_of_returns_the_likeliest(server: Server) -> None:
     assert best.usage.completion_tokens == everyone.usage.completion_tokens
 
 
+def test_beam_search_finds_what_is_likeliest(server: Server) -> None:
+    create = functools.partial(server.client.completions.create, model="demo", prompt=PROMPT, max_tokens=6)
+    found: Any = create(n=2, best_of=4, logprobs=0, extra_body={"use_beam_search": True, "ignore_eos": True})
+    totals = [sum(choice.logprobs.token_logprobs) for choice in found.choices]
+    assert totals == sorted(totals, reverse=True)
+    texts = ["", ""]
+    stream: Any = create(n=2, best_of=4, stream=True, extra_body={"use_beam_search": True, "ignore_eos": True})
+    for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in found.choices]
+    status, body = server.post("/v1/completions", model="demo", prompt=PROMPT, use_beam_search=True, best_of=128, max_tokens=2)
+    assert (status, body["error"]["param"]) == (400, "best_of")
+    assert "beam width" in body["error"]["message"]
+
+
 def test_what_ends_an_output(server: Server) -> None:
     def create(**body: Any) -> Any:
         answer = server.post(
