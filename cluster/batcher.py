@@ -49,6 +49,10 @@ class Counters:
     """Tokens of sequences that got a place for the first time, and were looked up in the prefix cache ..."""
     cached: int = 0
     """... and of these, tokens whose KV was there."""
+    stored: int = 0
+    """Blocks sent to host memory ..."""
+    loaded: int = 0
+    """... and brought back."""
 
     def __add__(self, other: "Counters") -> "Counters":
         """Of both."""
@@ -89,7 +93,7 @@ class Batcher:
         for choice in choices:
             sequence = Sequence(self._next_seq, request, choice, list(request.emitted[choice]), now, scoring)
             self._next_seq += 1
-            sequence.expected = self._match(sequence).num_tokens
+            sequence.expected = self.kv.known_tokens(self._match(sequence))
             if forks and sequences:
                 self.line.hold(sequence, sequences[choices[0]])
             else:
@@ -119,8 +123,8 @@ class Batcher:
         """The next iteration, launched: None if nothing can run now. Call while fewer than config.depth plans are in flight."""
         self._end_static_batch()
         self.line.release(self._can_fork)
-        self.kv.begin_plan()
         plan = StepPlan(epoch=self.epoch, step=self._next_step, admitted=[], chunks=[], copies=[], finished=[])
+        self.kv.begin_plan(plan.copies)
         chosen: list[Sequence] = []
         decodes = self._schedule_decodes(plan, chosen)
         budget = self._prefill_budget(self.config.max_num_batched_tokens - decodes)
@@ -130,11 +134,21 @@ class Batcher:
             return None
         plan.finished.extend(self._gone)
         self._gone.clear()
+        self._take_transfers(plan)
         self._next_step += 1
         for sequence in chosen:
             sequence.started_at = now if sequence.started_at is None else sequence.started_at
         self.in_flight.append(Launched(plan, tuple(chosen)))
         return plan
+
+    def _take_transfers(self, plan: StepPlan) -> None:
+        """Those too that were decided when there was no plan to make of it."""
+        plan.transfers = self.kv.take_transfers()
+        for transfer in plan.transfers:
+            if transfer.kind == "store":
+                self.counters.stored += len(transfer.blocks)
+            else:
+                self.counters.loaded += len(transfer.blocks)
 
     def _schedule_decodes(self, plan: StepPlan, chosen: list[Sequence]) -> int:
         """At most ceil(running / plans in flight), so that every stage has its share. Returns how many tokens they take."""
@@ -417,6 +431,8 @@ class Batcher:
             slots_shared=ledger.shared,
             blocks_cached=self.kv.pool.num_used - self.kv.pool.num_held,
             backlog=sum(s.ahead for s in itertools.chain(self.running, self.line.waiting)),
+            host_blocks_total=self.config.host_blocks,
+            host_blocks_used=0 if self.kv.host is None else self.kv.host.num_used,
         )
 
     def check_integrity(self) -> None:

@@ -4,10 +4,13 @@ A slot is one token's place: block id x block size + offset in the block. Block 
 belongs to no sequence and holds finite numbers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+_STAGED_BYTES = 64 << 20
+"""At most so much memory of the device, or one block's, is taken on the way to the host or back."""
 
 
 class KVPool:
@@ -46,6 +49,11 @@ class KVPool:
         """Tokens of a block."""
         return self.keys.shape[2]
 
+    @property
+    def block_bytes(self) -> int:
+        """Of a block's keys and values in all layers."""
+        return 2 * self.keys[:, 0].numel() * self.keys.element_size()
+
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store one layer's new keys and values, [num_tokens, num_kv_heads, head_dim] each, at slots [num_tokens] int64."""
         self._key_slots[layer].index_copy_(0, slots, keys)
@@ -57,3 +65,53 @@ class KVPool:
         for source, destination in copies:
             self.keys[:, destination] = self.keys[:, source]
             self.values[:, destination] = self.values[:, source]
+
+
+class HostBlocks:
+    """Slots of host memory for whole blocks of a worker's pool: pinned where that is on a GPU, so that nothing waits for copies.
+
+    A slot is one contiguous row, gathered on the device, so that it takes one transfer however many layers and heads it has.
+    """
+
+    def __init__(self, pool: KVPool, num_slots: int) -> None:
+        layers, _, *block = pool.keys.shape
+        self._pool = pool
+        pinned = pool.keys.device.type == "cuda"
+        self.slots = torch.empty((num_slots, 2, layers, *block), dtype=pool.keys.dtype, pin_memory=pinned)
+        """[num_slots, 2 (keys, values), num_layers, block_size, num_kv_heads, head_dim]; nothing but what was stored is read."""
+
+    def store(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        """Copy blocks of the pool into slots, which are all different."""
+        for some, places in self._portions(blocks, slots):
+            keys, values = self._pool.keys.index_select(1, some), self._pool.values.index_select(1, some)
+            rows = torch.stack((keys, values)).permute(2, 0, 1, 3, 4, 5).contiguous()
+            for row, slot, count in _runs(places):
+                self.slots[slot : slot + count].copy_(rows[row : row + count], non_blocking=True)
+
+    def load(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        """Copy slots into blocks of the pool, which are all different."""
+        for some, places in self._portions(blocks, slots):
+            rows = self.slots.new_empty((len(places), *self.slots.shape[1:]), device=some.device)
+            for row, slot, count in _runs(places):
+                rows[row : row + count].copy_(self.slots[slot : slot + count], non_blocking=True)
+            keys, values = rows.permute(1, 2, 0, 3, 4, 5)
+            self._pool.keys.index_copy_(1, some, keys)
+            self._pool.values.index_copy_(1, some, values)
+
+    def _portions(self, blocks: Sequence[int], slots: Sequence[int]) -> Iterator[tuple[Tensor, list[int]]]:
+        """Blocks, on the device, and their slots, in the order of these."""
+        pairs = sorted(zip(slots, blocks, strict=True))
+        most = max(1, _STAGED_BYTES // (self.slots[0].numel() * self.slots.element_size()))
+        for at in range(0, len(pairs), most):
+            portion = pairs[at : at + most]
+            ids = torch.tensor([block for _, block in portion]).to(self._pool.keys.device, non_blocking=True)
+            yield ids, [slot for slot, _ in portion]
+
+
+def _runs(slots: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Of ascending slots: where a run of consecutive ones begins, with which slot, and how many it has."""
+    begin = 0
+    for at in range(1, len(slots) + 1):
+        if at == len(slots) or slots[at] != slots[at - 1] + 1:
+            yield begin, slots[begin], at - begin
+            begin = at

@@ -56,6 +56,7 @@ def run_rank(
                 address=mailbox.address,
                 num_blocks=runner.num_blocks,
                 max_model_len=runner.max_model_len,
+                host_blocks=runner.host_blocks,
             )
             mailbox.send(engine, ready)
             return serve_plans(runner, intake, mailbox, engine, seat, epoch)

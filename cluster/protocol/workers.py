@@ -12,6 +12,8 @@ class WorkerReady(Wire, tag=True, kw_only=True):
     num_blocks: int
     """How many blocks of the engine's block size this worker's pool holds, the null block included."""
     max_model_len: int
+    host_blocks: int = 0
+    """How many blocks it can keep in host memory besides."""
 
 
 class WorkerFailed(Wire, tag=True, kw_only=True):

@@ -263,13 +263,20 @@ class Simulation:
 
     def _start_workers(self, name: str, epoch: int) -> None:
         batch = self.batch
-        self.stages[name] = [FakeStage(i, batch.pp, batch.num_blocks, batch.block_size) for i in range(batch.pp)]
+        self.stages[name] = [
+            FakeStage(i, batch.pp, batch.num_blocks, batch.block_size, host_blocks=batch.host_blocks + i) for i in range(batch.pp)
+        ]
         for rank in range(batch.pp):
             address = f"{name}/{rank}"
             process = self.processes.setdefault(address, Process(address))
             process.life += 1
             ready = WorkerReady(
-                epoch=epoch, rank=rank, address=address, num_blocks=batch.num_blocks, max_model_len=batch.max_model_len
+                epoch=epoch,
+                rank=rank,
+                address=address,
+                num_blocks=batch.num_blocks,
+                max_model_len=batch.max_model_len,
+                host_blocks=batch.host_blocks + rank,
             )
             life = process.life
             self.at(

@@ -77,8 +77,10 @@ def rigs(draw: st.DrawFn) -> Rig:
         batching=draw(st.sampled_from([*["continuous"] * 4, "static", "static-skip"])),
         reservation=draw(st.sampled_from([*["paged"] * 4, "max_tokens", "contiguous"])),
         prefix_cache=draw(st.sampled_from(["on", "on", "off"])),
+        host_blocks=draw(st.sampled_from([0, 0, 1, 3, 8, 30])),
     )
-    stages = [FakeStage(i, config.pp, config.num_blocks, config.block_size) for i in range(config.pp)]
+    sizes = (config.num_blocks, config.block_size)
+    stages = [FakeStage(i, config.pp, *sizes, host_blocks=config.host_blocks) for i in range(config.pp)]
     return Rig(Batcher(config, KVManager(config)), stages)
 
 
