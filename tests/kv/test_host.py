@@ -241,6 +241,19 @@ def test_what_is_evicted_comes_back() -> None:
     assert kv.match(pack([1] * 9), "").num_tokens == 8
 
 
+def test_what_was_decided_for_a_plan_that_was_not_made_goes_with_the_next() -> None:
+    kv = tree_of(blocks=4, slots=4)
+    kv.begin_plan([])
+    compute(kv, 1, [1] * 8)
+    compute(kv, 2, [2] * 4)
+    copies: list[tuple[int, int]] = []
+    kv.begin_plan(copies)
+    copies.append((1, 1))
+    compute(kv, 3, [3] * 4)
+    assert [(len(transfer.blocks), transfer.copies) for transfer in kv.take_transfers()] == [(2, 0), (2, 1)]
+    assert kv.take_transfers() == []
+
+
 def test_the_host_forgets_what_came_first_when_it_is_full() -> None:
     kv = tree_of(blocks=2, slots=4)
     for seq in range(4):
