@@ -70,8 +70,8 @@ class KVPool:
 class HostBlocks:
     """Slots of host memory for whole blocks of a worker's pool: pinned where that is on a GPU, so that nothing waits for copies.
 
-    A slot is one contiguous row, gathered on the device, so that it takes one transfer however many layers and heads it has. What is
-    pinned, torch rounds up to a power of two bytes.
+    A slot is one contiguous row, gathered on the device, so that it takes one transfer however many layers and heads it has. What
+    is pinned, torch rounds up to a power of two bytes.
     """
 
     def __init__(self, pool: KVPool, num_slots: int) -> None:
