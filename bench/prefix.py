@@ -2,15 +2,18 @@
 
     python -m bench.prefix [MODEL] [--repetitions 8]
 
-Three measurements on the real model, cache on against off in turn, repetition by repetition, prompts new each time:
+Four measurements on the real model, cache on against off in turn, repetition by repetition, prompts new each time:
 
 - 64 requests at once that share their first 512 tokens, 32 output tokens each: output tokens per second;
 - 64 requests that share nothing, a quarter of them at a time in a pool for half of them, so that old prefixes are evicted all the
   time and nobody is preempted: CPU seconds, all at once; and the 99th percentile of the time to first token when they arrive at
   random at 70 % of that throughput;
+- 16 prompts of 512 tokens, each asked with four endings in turn, 16 output tokens each, in a pool for a quarter of them: output
+  tokens per second, with host memory for what is evicted and without;
 - one prompt of 512 tokens with n = 8 against n = 1: the KV slots at the first token.
 
-The clock is this process's CPU time, so that others on the machine count for little. The tokens of both sides must be equal.
+In the third the cache is on on both sides, and host memory on against off. The clock is this process's CPU time, so that others on
+the machine count for little. The tokens of both sides must be equal.
 """
 
 import dataclasses
@@ -34,8 +37,10 @@ from cluster.offline import LLM
 from cluster.protocol import EngineStats, SamplingParams
 
 Cache = Literal["on", "off"]
+MEMORY: dict[str, Any] = {"kv_memory": "64MiB", "host_kv_memory": "64MiB"}
 PREFIX, OWN, OUTPUT = 512, 16, 32
 LOAD = 0.7
+ROUNDS, STEM_OUTPUT = 4, 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     report = Report("prefix", command_line(argv))
     torch.set_num_threads(arguments.threads)
-    llm = LLM(arguments.model, dtype=arguments.dtype, threads=arguments.threads, max_model_len=1024, kv_memory="64MiB")
+    llm = LLM(arguments.model, dtype=arguments.dtype, threads=arguments.threads, max_model_len=1024, **MEMORY)
     bench = Sides(llm, arguments.requests, arguments.repetitions)
-    same = bench.shared(report) & bench.nothing_shared(report)
+    same = bench.shared(report) & bench.nothing_shared(report) & bench.host(report)
     choices(arguments.model, report)
     report.save(arguments.out)
     if not same:
@@ -100,6 +105,35 @@ class Sides:
             ],
         )
         report.record("shared", seconds)
+        return same
+
+    def host(self, report: Report) -> bool:
+        """Prompts that come again when the pool has lost them; whether all tokens are equal."""
+        stems = max(4, self._requests // 4)
+        shapes = [Shape(PREFIX + OWN, STEM_OUTPUT, blocks=(stem,), block_tokens=PREFIX) for stem in range(stems)] * ROUNDS
+        each = shapes[0].total // BatchConfig.block_size + 1
+        limits = {"num_blocks": 1 + stems // 4 * each, "max_num_seqs": max(1, stems // 8)}
+        slots = min(stems * each, self._llm.runner.host_blocks)
+        seconds: dict[Cache, list[float]] = {"on": [], "off": []}
+        same = True
+        for repetition in range(self._repetitions):
+            asked = jobs(shapes, self._llm.vocab_size, 2000 + repetition)
+            found = {}
+            for side in _turn(repetition):
+                spent, found[side] = self.run(asked, "on", host_blocks=slots if side == "on" else 0, **limits)
+                seconds[side].append(spent)
+            same &= _tokens(found["on"]) == _tokens(found["off"])
+        tokens = len(shapes) * STEM_OUTPUT
+        ratios = [off / on for on, off in zip(seconds["on"], seconds["off"], strict=True)]
+        report.table(
+            f"{stems} prompts of {PREFIX} tokens in turn, {ROUNDS} times, {limits['num_blocks'] - 1} blocks, {slots} on the host",
+            ["host memory", "output tok/s (CPU time)", "times"],
+            [
+                ["off", tokens / statistics.median(seconds["off"]), 1.0],
+                ["on", tokens / statistics.median(seconds["on"]), statistics.median(ratios)],
+            ],
+        )
+        report.record("host", seconds)
         return same
 
     def nothing_shared(self, report: Report) -> bool:

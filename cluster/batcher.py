@@ -87,7 +87,7 @@ class Batcher:
         for choice in choices:
             sequence = Sequence(self._number(), request, choice, list(request.emitted[choice]), now, scoring)
             if self._set.forks and sequences:
-                sequence.expected = self._set.match(sequence).num_tokens
+                sequence.expected = self.kv.known_tokens(self._set.match(sequence))
                 self.line.hold(sequence, sequences[choices[0]])
             else:
                 self._stand_in_line(sequence)
@@ -100,7 +100,7 @@ class Batcher:
         return self._next_seq - 1
 
     def _stand_in_line(self, sequence: Sequence) -> None:
-        sequence.expected = self._set.match(sequence).num_tokens
+        sequence.expected = self.kv.known_tokens(self._set.match(sequence))
         self.line.join(sequence)
 
     def cancel(self, request: str, choices: list[int] | None = None) -> None:
@@ -143,7 +143,7 @@ class Batcher:
     def bring_back(self, sequence: Sequence) -> None:
         """It waits for its place again, if anybody still waits for it."""
         if self.line.bring_back(sequence):
-            sequence.expected = self._set.match(sequence).num_tokens
+            sequence.expected = self.kv.known_tokens(self._set.match(sequence))
 
     # --- scheduling -------------------------------------------------------------------------------------------------
 
@@ -151,8 +151,8 @@ class Batcher:
         """The next iteration, launched: None if nothing can run now. Call while fewer than config.depth plans are in flight."""
         self._end_static_batch()
         self.line.release(self._set.can_fork)
-        self.kv.begin_plan()
         plan = StepPlan(epoch=self.epoch, step=self._next_step, admitted=[], chunks=[], copies=[], finished=[])
+        self.kv.begin_plan(plan.copies)
         chosen: list[Sequence] = []
         forks, self._forks = self._forks, []
         for beam in forks:
@@ -166,11 +166,21 @@ class Batcher:
             return None
         plan.finished.extend(self._set.gone)
         self._set.gone.clear()
+        self._take_transfers(plan)
         self._next_step += 1
         for sequence in chosen:
             sequence.started_at = now if sequence.started_at is None else sequence.started_at
         self.in_flight.append(Launched(plan, tuple(chosen)))
         return plan
+
+    def _take_transfers(self, plan: StepPlan) -> None:
+        """Those too that were decided when there was no plan to make of it."""
+        plan.transfers = self.kv.take_transfers()
+        for transfer in plan.transfers:
+            if transfer.kind == "store":
+                self.counters.stored += len(transfer.blocks)
+            else:
+                self.counters.loaded += len(transfer.blocks)
 
     def _schedule_decodes(self, plan: StepPlan, chosen: list[Sequence]) -> int:
         """At most ceil(running / plans in flight), so that every stage has its share. Returns how many tokens they take."""

@@ -66,7 +66,7 @@ def engine_options(command: Command) -> Command:
         default = "" if field.default is None else f"  [default: {field.default}]"
         option = f"--{field.name.replace('_', '-')}"
         choice = click.Choice(get_args(kind)) if get_origin(kind) is Literal else None
-        type_ = choice or (str if field.name in ("kv_memory", "stage_layers") else kind)
+        type_ = choice or (str if field.name in ("kv_memory", "host_kv_memory", "stage_layers") else kind)
         command = click.option(option, field.name, type=type_, default=None, help=text + default)(command)
     command = click.option("--config", "config_file", type=click.Path(), help="YAML file with the same names.")(command)
     return click.argument("model", required=False)(command)

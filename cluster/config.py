@@ -52,6 +52,8 @@ class BatchConfig:
     reservation: Reservation = "paged"
     prefix_cache: PrefixCache = "on"
     """See keeps_prefixes."""
+    host_blocks: int = 0
+    """Slots in host memory for evicted blocks of the prefix cache."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "pp")
@@ -116,6 +118,9 @@ class Config:
     """Default: what the model's config allows, cut to what the pool holds."""
     kv_memory: int | None = None
     """Bytes for the paged KV pool of one worker (written 4GiB, 512MiB, 2000000). Default: a share of what is free."""
+    host_kv_memory: int = 0
+    """Bytes of each worker's host memory (written as kv_memory is) to which KV goes that the prefix cache evicts from the pool, and
+    from where it is brought back when it is needed. 0: it is lost."""
     block_size: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -157,6 +162,12 @@ class Config:
         for name in ("max_model_len", "kv_memory", "threads", "plans_in_flight"):
             if getattr(self, name) is not None:
                 _at_least_one(self, name)
+        if self.host_kv_memory < 0:
+            raise ConfigError(f"host_kv_memory is {self.host_kv_memory}, but must be at least 0")
+        if self.host_kv_memory and not self._keeps_prefixes:
+            raise ConfigError(
+                "host_kv_memory is for KV of the prefix cache, but prefix_cache, batching or reservation switch that off"
+            )
         for name in ("request_timeout_s", "step_timeout_s", "worker_timeout_s", "load_timeout_s", "kv_pull_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be above 0")
@@ -181,8 +192,11 @@ class Config:
     @property
     def by_prefix(self) -> bool:
         """Whether requests are placed by the KV that engines have, of which the scheduler must be told."""
-        by_prefix = self.placement == "prefix" and self.engines > 1
-        return by_prefix and batch_settings(self, num_blocks=2, max_model_len=1).keeps_prefixes
+        return self.placement == "prefix" and self.engines > 1 and self._keeps_prefixes
+
+    @property
+    def _keeps_prefixes(self) -> bool:
+        return batch_settings(self, num_blocks=2, max_model_len=1).keeps_prefixes
 
     @property
     def pulls(self) -> bool:
@@ -235,15 +249,16 @@ def parse_counts(value: object) -> tuple[int, ...]:
     return counts
 
 
-def batch_settings(config: Config, num_blocks: int, max_model_len: int) -> BatchConfig:
-    """The Batcher's part of `config`, for a pool of `num_blocks` blocks and sequences of at most `max_model_len` tokens."""
+def batch_settings(config: Config, num_blocks: int, max_model_len: int, host_blocks: int = 0) -> BatchConfig:
+    """The Batcher's part of `config`, for a pool of `num_blocks` blocks, sequences of at most `max_model_len` tokens, and
+    `host_blocks` slots in host memory."""
     shared = {field.name for field in dataclasses.fields(BatchConfig)} & {field.name for field in dataclasses.fields(Config)}
     values = {name: getattr(config, name) for name in shared if name != "max_model_len"}
-    return BatchConfig(num_blocks=num_blocks, max_model_len=max_model_len, **values)
+    return BatchConfig(num_blocks=num_blocks, max_model_len=max_model_len, host_blocks=host_blocks, **values)
 
 
 def _check(name: str, value: Any, hint: Any) -> Any:
-    if name == "kv_memory" and isinstance(value, str):
+    if name in ("kv_memory", "host_kv_memory") and isinstance(value, str):
         return parse_bytes(value)
     if name == "stage_layers":
         return parse_counts(value)

@@ -66,7 +66,7 @@ Action = Send[RouterMessage | SchedulerMessage | WorkerMessage | EngineMessage] 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """An engine's settings. num_blocks and max_model_len of `batch` are replaced by what its workers report when loaded."""
+    """An engine's settings. num_blocks, max_model_len and host_blocks of `batch` are replaced by what its workers report."""
 
     name: str
     address: str
@@ -365,8 +365,11 @@ class Engine:
             return
         num_blocks = min(r.num_blocks for r in epoch.ready.values())
         max_model_len = min(r.max_model_len for r in epoch.ready.values())
+        host_blocks = min(r.host_blocks for r in epoch.ready.values())
         try:
-            batch = dataclasses.replace(self.config.batch, num_blocks=num_blocks, max_model_len=max_model_len)
+            batch = dataclasses.replace(
+                self.config.batch, num_blocks=num_blocks, max_model_len=max_model_len, host_blocks=host_blocks
+            )
         except ConfigError as error:
             self._end_epoch(f"workers can't serve: {error}", now)
             return

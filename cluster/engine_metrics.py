@@ -30,6 +30,8 @@ class EngineMetrics:
             MetricSample("vllm:num_preemptions_total", labels, float(self.batches.preemptions)),
             MetricSample("vllm:prefix_cache_queries_total", labels, float(self.batches.looked_up)),
             MetricSample("vllm:prefix_cache_hits_total", labels, float(self.batches.cached)),
+            MetricSample("rayline:kv_host_stored_blocks_total", labels, float(self.batches.stored)),
+            MetricSample("rayline:kv_host_loaded_blocks_total", labels, float(self.batches.loaded)),
             MetricSample("rayline:engine_epochs_total", labels, float(self.epochs)),
             *(
                 MetricSample("rayline:stage_compute_seconds_total", (*labels, ("stage", str(stage))), seconds)

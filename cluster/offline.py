@@ -71,7 +71,7 @@ class LLM:
         self.vocab_size = files.shape.vocab_size
         self.tokenizer: Tokenizer = load(files.path)
         self.ranks = LocalRanks(files, self.config, progress=progress)
-        batch = batch_settings(self.config, self.ranks.num_blocks, self.ranks.max_model_len)
+        batch = batch_settings(self.config, self.ranks.num_blocks, self.ranks.max_model_len, self.ranks.host_blocks)
         self.batcher = Batcher(batch, KVManager(batch))
         self._requests = 0
 

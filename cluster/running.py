@@ -29,6 +29,10 @@ class Counters:
     """Tokens of sequences that got a place for the first time, and were looked up in the prefix cache ..."""
     cached: int = 0
     """... and of these, tokens whose KV was there."""
+    stored: int = 0
+    """Blocks sent to host memory ..."""
+    loaded: int = 0
+    """... and brought back."""
 
     def __add__(self, other: "Counters") -> "Counters":
         """Of both."""
@@ -227,6 +231,8 @@ class RunningSet:
             slots_shared=ledger.shared,
             blocks_cached=self.kv.pool.num_used - self.kv.pool.num_held,
             backlog=sum(s.ahead for s in itertools.chain(self.sequences, self.line.waiting)),
+            host_blocks_total=self.config.host_blocks,
+            host_blocks_used=0 if self.kv.host is None else self.kv.host.num_used,
         )
 
 

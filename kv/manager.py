@@ -10,9 +10,11 @@ holds or that the tree keeps, but for what `record` says of the plan that is bei
 that will be written into is copied.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cluster.config import BatchConfig
+from cluster.protocol import Transfer
 from kv.blocks import BlockPool, IntegrityError
 from kv.ledger import Ledger
 from kv.radix import NO_MATCH, Key, Lease, Observer, PrefixMatch, RadixTree
@@ -45,14 +47,23 @@ class KVManager:
     def __init__(self, config: BatchConfig, observer: Observer | None = None) -> None:
         self.config = config
         self.pool = BlockPool(config.num_blocks)
-        self.tree = RadixTree(self.pool, config.block_size, observer) if config.keeps_prefixes else None
+        keeps = config.keeps_prefixes
+        self.tree = RadixTree(self.pool, config.block_size, observer, config.host_blocks) if keeps else None
+        self.host = None if self.tree is None else self.tree.host
         self._tables: dict[int, _Table] = {}
         self._fresh: set[int] = set()
         """Blocks that the plan being made will write: whole ones can be shared in it, but no part copied before it has run."""
 
-    def begin_plan(self) -> None:
-        """What was recorded so far is written before anything that is planned from now on."""
+    def begin_plan(self, copies: Sequence[tuple[int, int]] = ()) -> None:
+        """What was recorded so far is written before anything that is planned from now on. `copies`: of the new plan; what a
+        Beginning asks for is to be appended at once, since transfers have their places among them."""
         self._fresh.clear()
+        if self.host is not None:
+            self.host.begin_plan(copies)
+
+    def take_transfers(self) -> list[Transfer]:
+        """Between the pool and the host, for the plan that is being made."""
+        return [] if self.host is None else self.host.take_transfers()
 
     @property
     def num_free(self) -> int:
@@ -65,6 +76,10 @@ class KVManager:
             return NO_MATCH
         match = self.tree.match(key, salt)
         return match if match.part is None or match.part[0] not in self._fresh else replace(match, part=None)
+
+    def known_tokens(self, match: PrefixMatch) -> int:
+        """Of a match's whole blocks, wherever they are."""
+        return match.num_tokens + len(match.host) * self.config.block_size
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -95,8 +110,12 @@ class KVManager:
         if self.tree is None:
             self._tables[seq] = _Table(reserved)
             return Beginning(0, None)
-        table = self._tables[seq] = _Table(list(match.blocks), self.tree.lock(match, salt))
+        loaded = min(len(match.host), self.num_free - match.idle)
+        lease = self.tree.lock(match, salt, loaded)
+        table = self._tables[seq] = _Table(list(match.blocks), lease)
         self.pool.share(match.blocks)
+        if loaded:
+            return self._bring_back(table, lease, loaded)
         if match.part is not None:
             source, count = match.part
             copied = self._take(1)
@@ -104,6 +123,15 @@ class KVManager:
                 table.blocks += copied
                 return Beginning(match.num_tokens + count, (source, copied[0]))
         return Beginning(match.num_tokens, None)
+
+    def _bring_back(self, table: _Table, lease: Lease, count: int) -> Beginning:
+        """Load the `count` blocks on the host that `lease` holds."""
+        assert self.tree is not None
+        blocks = self._take(count)
+        assert blocks is not None, "there were as many"
+        self.tree.bring_back(lease, blocks)
+        table.blocks += blocks
+        return Beginning(len(table.blocks) * self.config.block_size, None)
 
     def _check_new(self, seq: int) -> None:
         if seq in self._tables:

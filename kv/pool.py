@@ -4,10 +4,13 @@ A slot is one token's place: block id x block size + offset in the block. Block 
 belongs to no sequence and holds finite numbers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+_STAGED_BYTES = 64 << 20
+"""At most so much memory of the device, or one block's, is taken on the way to the host or back."""
 
 
 class KVPool:
@@ -72,13 +75,63 @@ class KVPool:
 
     def gather(self, blocks: Sequence[int]) -> Tensor:
         """A copy of these blocks."""
-        ids, content = torch.tensor(blocks, device=self.keys.device), self.room(len(blocks))
+        ids, content = self._ids(blocks), self.room(len(blocks))
         torch.index_select(self.keys, 1, ids, out=content[0])
         torch.index_select(self.values, 1, ids, out=content[1])
         return content
 
     def scatter(self, blocks: Sequence[int], content: Tensor) -> None:
         """Put what gather() gave, here or in another pool of this layout, into these blocks."""
-        ids = torch.tensor(blocks, device=self.keys.device)
+        ids = self._ids(blocks)
         self.keys.index_copy_(1, ids, content[0])
         self.values.index_copy_(1, ids, content[1])
+
+    def _ids(self, blocks: Sequence[int]) -> Tensor:
+        return torch.tensor(blocks).to(self.keys.device, non_blocking=True)
+
+
+class HostBlocks:
+    """Slots of host memory for whole blocks of a worker's pool: pinned where that is on a GPU, so that nothing waits for copies.
+
+    A slot is one contiguous row, gathered on the device, so that it takes one transfer however many layers and heads it has. What
+    is pinned, torch rounds up to a power of two bytes.
+    """
+
+    def __init__(self, pool: KVPool, num_slots: int) -> None:
+        layers, _, *block = pool.keys.shape
+        self._pool = pool
+        pinned = pool.keys.device.type == "cuda"
+        self.slots = torch.empty((num_slots, 2, layers, *block), dtype=pool.keys.dtype, pin_memory=pinned)
+        """[num_slots, 2 (keys, values), num_layers, block_size, num_kv_heads, head_dim]; nothing but what was stored is read."""
+
+    def store(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        """Copy blocks of the pool into slots, which are all different."""
+        for some, places in self._portions(blocks, slots):
+            rows = self._pool.gather(some).permute(2, 0, 1, 3, 4, 5).contiguous()
+            for row, slot, count in _runs(places):
+                self.slots[slot : slot + count].copy_(rows[row : row + count], non_blocking=True)
+
+    def load(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        """Copy slots into blocks of the pool, which are all different."""
+        for some, places in self._portions(blocks, slots):
+            rows = self.slots.new_empty((len(places), *self.slots.shape[1:]), device=self._pool.keys.device)
+            for row, slot, count in _runs(places):
+                rows[row : row + count].copy_(self.slots[slot : slot + count], non_blocking=True)
+            self._pool.scatter(some, rows.permute(1, 2, 0, 3, 4, 5))
+
+    def _portions(self, blocks: Sequence[int], slots: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """Blocks and their slots, in the order of these."""
+        pairs = sorted(zip(slots, blocks, strict=True))
+        most = max(1, _STAGED_BYTES // self._pool.bytes_per_block)
+        for at in range(0, len(pairs), most):
+            portion = pairs[at : at + most]
+            yield [block for _, block in portion], [slot for slot, _ in portion]
+
+
+def _runs(slots: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Of ascending slots: where a run of consecutive ones begins, with which slot, and how many it has."""
+    begin = 0
+    for at in range(1, len(slots) + 1):
+        if at == len(slots) or slots[at] != slots[at - 1] + 1:
+            yield begin, slots[begin], at - begin
+            begin = at

@@ -37,6 +37,7 @@ HELP = {
     "vllm:kv_cache_usage_perc": "Blocks in use as a share of the engine's pool, 0 to 1.",
     "rayline:kv_waste_ratio": "Share of the allocated KV slots that hold no token.",
     "rayline:kv_slots_shared": "KV slots saved by sharing prefixes.",
+    "rayline:kv_host_usage_ratio": "Blocks kept in host memory as a share of what that holds, 0 to 1.",
     "rayline:plans_in_flight": "Iterations launched and not yet returned.",
     "rayline:messages_dropped": "Messages that came in and were none, or could not be sent, by process and direction.",
     "rayline:connections_refused": "Connections to a process's mailbox that did not prove the cluster's secret; each try counts.",
@@ -155,6 +156,9 @@ class _Status(Collector):
         yield of_engines("vllm:kv_cache_usage_perc", [_ratio(e.stats.blocks_used, e.stats.blocks_total) for e in engines])
         yield of_engines("rayline:kv_waste_ratio", [_waste(e) for e in engines])
         yield of_engines("rayline:kv_slots_shared", [e.stats.slots_shared for e in engines])
+        yield of_engines(
+            "rayline:kv_host_usage_ratio", [_ratio(e.stats.host_blocks_used, e.stats.host_blocks_total) for e in engines]
+        )
         yield of_engines("rayline:plans_in_flight", [e.stats.in_flight for e in engines])
         yield of_engines("rayline:engine_ready", [e.ready for e in engines])
         yield of_engines("rayline:engine_epoch", [e.epoch for e in engines])

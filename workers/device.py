@@ -76,15 +76,15 @@ def size_pool(
     neighbours: how many ranks beside this one share a CPU's memory. Raises ConfigError where the memory doesn't hold the null block
     and one more.
     """
-    block_bytes = part.kv_bytes_per_token(shape, dtype.itemsize) * config.block_size
+    bytes_per_block = part.kv_bytes_per_token(shape, dtype.itemsize) * config.block_size
     budget = config.kv_memory if config.kv_memory is not None else _free_share(device, neighbours)
     if config.kv_memory is None and device.type == "cuda":
         budget = max(0, budget - scratch_bytes(config, shape, max_model_len, dtype) - _SLACK)
-    if budget < 2 * block_bytes:
-        needed = f"the null block and one more of {config.block_size} tokens take {2 * block_bytes}"
+    if budget < 2 * bytes_per_block:
+        needed = f"the null block and one more of {config.block_size} tokens take {2 * bytes_per_block}"
         raise ConfigError(f"{budget} bytes of KV memory hold no pool: {needed}")
     blocks_per_sequence = -(-max_model_len // config.block_size)
-    return min(budget // block_bytes, config.max_num_seqs * blocks_per_sequence + 1)
+    return min(budget // bytes_per_block, config.max_num_seqs * blocks_per_sequence + 1)
 
 
 def scratch_bytes(config: Config, shape: ModelShape, max_model_len: int, dtype: torch.dtype) -> int:

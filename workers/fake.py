@@ -9,8 +9,8 @@ from then on, and fake_output() says what they should have been.
 from collections.abc import Sequence
 from itertools import pairwise
 
-from cluster.protocol import ChunkResult, PromptScores, SamplingParams, StepPlan, StepResult, TokenLogprobs
-from workers.sequences import SequenceTable, Span
+from cluster.protocol import ChunkResult, PromptScores, SamplingParams, StepPlan, StepResult, TokenLogprobs, Transfer
+from workers.sequences import SequenceTable, Span, moves
 
 _MASK = (1 << 64) - 1
 
@@ -53,23 +53,25 @@ def likeliest(state: int, count: int, vocab_size: int) -> TokenLogprobs:
 class FakeStage:
     """Stage `stage` of a pipeline of `num_stages`."""
 
-    def __init__(self, stage: int, num_stages: int, num_blocks: int, block_size: int, vocab_size: int = 997) -> None:
+    def __init__(
+        self, stage: int, num_stages: int, num_blocks: int, block_size: int, vocab_size: int = 997, host_blocks: int = 0
+    ) -> None:
         self.last = stage == num_stages - 1
         self.first = stage == 0
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.table = SequenceTable(block_size)
         self._slots = [0] * (num_blocks * block_size)
+        self._host: list[list[int]] = [[] for _ in range(host_blocks)]
 
     def execute(self, plan: StepPlan, hidden: list[int]) -> tuple[list[int], StepResult | None]:
         """Run a plan on `hidden` ([num_tokens], from the stage before; ignored by the first).
 
         Returns the activations for the next stage, and from the last stage the result.
         """
-        size = self.block_size
         spans = self.table.apply(plan)
-        for source, target in plan.copies:
-            self._slots[target * size : (target + 1) * size] = self._slots[source * size : (source + 1) * size]
+        for move in moves(plan):
+            self._transfer(move) if isinstance(move, Transfer) else self._copy(move)
         out: list[int] = []
         results: list[ChunkResult] = []
         scores: list[PromptScores] = []
@@ -93,6 +95,19 @@ class FakeStage:
         size = self.block_size
         for block, content in zip(blocks, contents, strict=True):
             self._slots[block * size : (block + 1) * size] = content
+
+    def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        size = self.block_size
+        for source, target in copies:
+            self._slots[target * size : (target + 1) * size] = self._slots[source * size : (source + 1) * size]
+
+    def _transfer(self, transfer: Transfer) -> None:
+        size = self.block_size
+        for block, slot in zip(transfer.blocks, transfer.slots, strict=True):
+            if transfer.kind == "store":
+                self._host[slot] = self._slots[block * size : (block + 1) * size]
+            else:
+                self._slots[block * size : (block + 1) * size] = self._host[slot]
 
     def _run(self, span: Span, inputs: list[int]) -> list[int]:
         state = self._slots[self._slot(span, span.start - 1)] if span.start else 0

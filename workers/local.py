@@ -54,6 +54,11 @@ class LocalRanks:
         return min(runner.num_blocks for runner in self.runners)
 
     @property
+    def host_blocks(self) -> int:
+        """Blocks that every rank can keep in host memory."""
+        return min(runner.host_blocks for runner in self.runners)
+
+    @property
     def max_model_len(self) -> int:
         """The longest sequence."""
         return self.runners[0].max_model_len

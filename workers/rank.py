@@ -64,6 +64,7 @@ def run_rank(
                 max_model_len=runner.max_model_len,
                 layout=runner.layout,
                 store=mover.store if mover is not None else "",
+                host_blocks=runner.host_blocks,
             )
             mailbox.send(engine, ready)
             return serve_plans(runner, intake, mailbox, engine, seat, epoch)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cluster.config import Config, ConfigError
 from cluster.model import ModelFiles
-from cluster.protocol import ChunkResult, StageTime, StepPlan, StepResult
-from kv.pool import KVPool
+from cluster.protocol import ChunkResult, StageTime, StepPlan, StepResult, Transfer
+from kv.pool import HostBlocks, KVPool
 from parallel.handoff import Handoff
 from parallel.membership import ALONE, NO_PEERS, Membership, Peers
 from parallel.partition import partition
@@ -21,7 +21,7 @@ from workers.device import resolve_device, resolve_dtype, resolve_max_model_len,
 from workers.loader import load_decoder
 from workers.logprobs import score_prompts
 from workers.sampler import Sampler
-from workers.sequences import SequenceTable, Span
+from workers.sequences import PlanError, SequenceTable, Span, moves
 
 _KEPT_TIMES = 4096
 
@@ -39,8 +39,10 @@ class ModelRunner:
         peers: Peers = NO_PEERS,
         handoff: Handoff | None = None,
         leader: bool = True,
+        host: HostBlocks | None = None,
     ) -> None:
-        """handoff: to and from the neighbouring stages, where there are some. leader: draw tokens, in the last stage."""
+        """handoff: to and from the neighbouring stages, where there are some. leader: draw tokens, in the last stage. host: memory
+        for blocks that the pool has no room for, where there is some."""
         self.decoder = decoder
         self.peers = peers
         self.pool = pool
@@ -55,6 +57,7 @@ class ModelRunner:
         self._sampler = Sampler(shape.vocab_size, self._device) if leader and decoder.part.judges else None
         self._sequences = SequenceTable(pool.block_size)
         self._handoff = handoff
+        self._host = host
 
     @property
     def num_blocks(self) -> int:
@@ -67,6 +70,11 @@ class ModelRunner:
         part, keys = self.decoder.part, self.pool.keys
         shape = list(keys.shape[2:])
         return f"layers {part.layers.start}-{part.layers.stop}, heads {part.kv_heads}, blocks {shape}, {keys.dtype}"
+
+    @property
+    def host_blocks(self) -> int:
+        """Blocks that host memory holds besides."""
+        return 0 if self._host is None else len(self._host.slots)
 
     @property
     def answers(self) -> bool:
@@ -88,7 +96,7 @@ class ModelRunner:
         incoming = self._receive(plan)
         began, clock = time.time(), time.perf_counter()
         spans = self._sequences.apply(plan)
-        self.pool.copy_blocks(plan.copies)
+        self._move(plan)
         result = StepResult(epoch=plan.epoch, step=plan.step, results=[])
         if spans:
             hidden = self.forward(spans, incoming)
@@ -101,6 +109,18 @@ class ModelRunner:
         result.compute_s = time.perf_counter() - clock
         self.times.append(StageTime(plan.step, began, began + result.compute_s, _num_tokens(plan)))
         return result
+
+    def _move(self, plan: StepPlan) -> None:
+        """Run copies and transfers. On CUDA they only stand in the line of what is to be done: nothing waits."""
+        for move in moves(plan):
+            if not isinstance(move, Transfer):
+                self.pool.copy_blocks(move)
+            elif self._host is None:
+                raise PlanError("a plan wants host memory, but none was set up")
+            elif move.kind == "store":
+                self._host.store(move.blocks, move.slots)
+            else:
+                self._host.load(move.slots, move.blocks)
 
     def reset(self) -> None:
         """Forget all sequences: a new epoch begins."""
@@ -182,8 +202,22 @@ def load_runner(
     except RuntimeError as error:  # torch's OutOfMemoryError is one; on a CPU it is just that
         needed = num_blocks * config.block_size * part.kv_bytes_per_token(shape, dtype.itemsize)
         raise ConfigError(f"the {device.type} has no {needed} bytes for the KV pool; set kv_memory to less") from error
+    host = _host_blocks(config, pool)
     handoff = Handoff(peers.column, shape.hidden_size, dtype, device) if seat.mesh.pp > 1 else None
-    return ModelRunner(decoder, pool, config.attention, max_model_len, peers=peers, handoff=handoff, leader=seat.leader)
+    return ModelRunner(decoder, pool, config.attention, max_model_len, peers=peers, handoff=handoff, leader=seat.leader, host=host)
+
+
+def _host_blocks(config: Config, pool: KVPool) -> HostBlocks | None:
+    """The host memory that the settings want. Raises ConfigError."""
+    if not config.host_kv_memory:
+        return None
+    slots = config.host_kv_memory // pool.bytes_per_block
+    if not slots:
+        raise ConfigError(f"{config.host_kv_memory} bytes of host_kv_memory hold no block, which takes {pool.bytes_per_block}")
+    try:
+        return HostBlocks(pool, slots)
+    except RuntimeError as error:
+        raise ConfigError(f"the host has no {config.host_kv_memory} bytes for KV; set host_kv_memory to less") from error
 
 
 def _num_tokens(plan: StepPlan) -> int:

@@ -1,11 +1,12 @@
 """What a worker remembers of the sequences it was told of: StepPlans are differences, this is what they add up to."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.protocol import Admission, Chunk, NewSequence, SamplingParams, StepPlan
+from cluster.protocol import Admission, Chunk, NewSequence, SamplingParams, StepPlan, Transfer
 from workers.draws import DrawSetup
 
 
@@ -131,6 +132,18 @@ class SequenceTable:
             raise PlanError(f"sequence {chunk.seq}: positions [{chunk.start}, {end}) can't tell scores {chunk.scores}")
         state.num_computed = end
         return Span(state, chunk.start, end, chunk.sample, chunk.scores)
+
+
+def moves(plan: StepPlan) -> Iterator[list[tuple[int, int]] | Transfer]:
+    """A plan's copies and transfers, in the order in which they are to be run before its chunks."""
+    done = 0
+    for transfer in plan.transfers:
+        if transfer.copies > done:
+            yield plan.copies[done : transfer.copies]
+            done = transfer.copies
+        yield transfer
+    if len(plan.copies) > done:
+        yield plan.copies[done:]
 
 
 def _new_state(seq: int, new: NewSequence) -> SequenceState:

@@ -25,6 +25,9 @@ class EngineStats(Wire, kw_only=True):
     """Besides blocks_used: kept for requests to come, given up where there is need."""
     backlog: int = 0
     """Tokens of prompts, known and neither computed, nor in a launched plan, nor in the prefix cache when they came."""
+    host_blocks_total: int = 0
+    """The second tier of the prefix cache, in host memory."""
+    host_blocks_used: int = 0
 
 
 class MetricSample(Wire):

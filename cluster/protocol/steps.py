@@ -1,5 +1,7 @@
 """Engine <-> workers: iterations."""
 
+from typing import Literal
+
 from cluster.protocol.base import Wire
 from cluster.protocol.requests import SamplingParams
 from cluster.protocol.tokens import TokenLogprobs
@@ -45,10 +47,25 @@ class Chunk(Wire):
     """[first, end): prompt positions whose log-probabilities are wanted; the logits one position before tell each of them."""
 
 
+class Transfer(Wire):
+    """Whole blocks, all layers, from the pool to slots of host memory or back; each rank moves its own part of them."""
+
+    kind: Literal["store", "load"]
+    """store: to the host. load: from there; the slots may be stored into by the next transfer."""
+    blocks: list[int]
+    """No block (of a load) or slot (of a store) is written twice by one transfer."""
+    slots: list[int]
+    """One for each block."""
+    copies: int
+    """How many of the plan's copies come before it."""
+
+
 class StepPlan(Wire, tag=True, kw_only=True):
     """Engine -> first stage -> next stage ...: one iteration, as differences.
 
-    Order of execution: drop `finished`, apply `admitted`, run `copies` in order, run `chunks` as one batch in the order given.
+    Order of execution: drop `finished`, apply `admitted`, run `copies` and `transfers` in order, each transfer after as many copies
+    as it says, then run `chunks` as one batch in the order given. So each copy and transfer reads what earlier plans, or those
+    before it, have left: a block is stored before it is written anew, and a slot loaded before it is.
     """
 
     epoch: int
@@ -58,6 +75,7 @@ class StepPlan(Wire, tag=True, kw_only=True):
     copies: list[tuple[int, int]]
     """(source block, destination block), whole blocks, all layers."""
     finished: list[int]
+    transfers: list[Transfer] = []
 
 
 class ChunkResult(Wire):

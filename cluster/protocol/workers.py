@@ -16,6 +16,8 @@ class WorkerReady(Wire, tag=True, kw_only=True):
     """What its pool is like (see Pull) ..."""
     store: str = ""
     """... and where ranks of other engines meet it; empty: nowhere."""
+    host_blocks: int = 0
+    """How many blocks it can keep in host memory besides."""
 
 
 class WorkerFailed(Wire, tag=True, kw_only=True):

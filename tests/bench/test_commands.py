@@ -133,8 +133,9 @@ def test_pull(tmp_path: Path) -> None:
 def test_prefix(tmp_path: Path) -> None:
     assert prefix.main([DEMO, "--requests", "3", "--repetitions", "1", "--out", str(tmp_path)]) == 0
     tables = json.loads((tmp_path / "prefix.json").read_text())["tables"]
-    shared, apart, choices = tables.values()
+    shared, apart, host, choices = tables.values()
     assert [row["cache"] for row in shared] == [row["cache"] for row in apart] == ["off", "on"]
+    assert [row["host memory"] for row in host] == ["off", "on"]
     assert shared[1]["times"] > 1
     assert (choices[1]["n"], choices[1]["times n = 1"]) == (8, 1.25)
 

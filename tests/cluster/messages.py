@@ -52,8 +52,9 @@ def result(plan: StepPlan, token: int = 7, error: str | None = None) -> StepResu
     return StepResult(epoch=plan.epoch, step=plan.step, results=drawn, error=error, scores=told)
 
 
-def ready(epoch: int, rank: int = 0, num_blocks: int = 17) -> WorkerReady:
-    return WorkerReady(epoch=epoch, rank=rank, address=f"w{rank}", num_blocks=num_blocks, max_model_len=64)
+def ready(epoch: int, rank: int = 0, num_blocks: int = 17, host_blocks: int = 0) -> WorkerReady:
+    address = f"w{rank}"
+    return WorkerReady(epoch=epoch, rank=rank, address=address, num_blocks=num_blocks, max_model_len=64, host_blocks=host_blocks)
 
 
 def place(

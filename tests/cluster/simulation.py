@@ -267,7 +267,9 @@ class Simulation:
 
     def _start_workers(self, name: str, epoch: int) -> None:
         batch = self.batch
-        self.stages[name] = [FakeStage(i, batch.pp, batch.num_blocks, batch.block_size) for i in range(batch.pp)]
+        self.stages[name] = [
+            FakeStage(i, batch.pp, batch.num_blocks, batch.block_size, host_blocks=batch.host_blocks + i) for i in range(batch.pp)
+        ]
         for rank in range(batch.pp):
             address = f"{name}/{rank}"
             process = self.processes.setdefault(address, Process(address))
@@ -280,6 +282,7 @@ class Simulation:
                 max_model_len=batch.max_model_len,
                 layout=f"stage {rank}",
                 store=address,
+                host_blocks=batch.host_blocks + rank,
             )
             life = process.life
             self.at(

@@ -1,5 +1,6 @@
 """What holds of every plan and every token, whatever is added and cancelled when: a Batcher on fake stages and nothing else."""
 
+import random
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -68,6 +69,15 @@ class Rig:
             assert len(scores) == len(told) or not (delta.tokens or delta.finish), "the prompt comes first"
         check_ownership(self.batcher)
 
+    def drain(self) -> None:
+        """To the end."""
+        for _ in range(5000):
+            while self.launch(100.0):
+                pass
+            if not self.results:
+                break
+            self.take()
+
 
 @st.composite
 def rigs(draw: st.DrawFn) -> Rig:
@@ -82,8 +92,10 @@ def rigs(draw: st.DrawFn) -> Rig:
         batching=draw(st.sampled_from([*["continuous"] * 4, "static", "static-skip"])),
         reservation=draw(st.sampled_from([*["paged"] * 4, "max_tokens", "contiguous"])),
         prefix_cache=draw(st.sampled_from(["on", "on", "off"])),
+        host_blocks=draw(st.sampled_from([0, 0, 1, 3, 8, 30])),
     )
-    stages = [FakeStage(i, config.pp, config.num_blocks, config.block_size) for i in range(config.pp)]
+    sizes = (config.num_blocks, config.block_size)
+    stages = [FakeStage(i, config.pp, *sizes, host_blocks=config.host_blocks) for i in range(config.pp)]
     return Rig(Batcher(config, KVManager(config)), stages)
 
 
@@ -121,14 +133,43 @@ def test_invariants_of_every_plan(data: st.DataObject, rig: Rig) -> None:
             rig.launch(float(now))
         elif action == "take" and rig.results:
             rig.take()
-    for _ in range(5000):
-        while rig.launch(100.0):
-            pass
-        if not rig.results:
-            break
-        rig.take()
+    rig.drain()
     b.schedule(100.0)
     assert (b.kv.pool.num_held, b.kv.num_free, b.num_sequences, len(b.line)) == (0, b.config.num_blocks - 1, 0, 0)
+
+
+@examples(30)
+@given(st.integers(0, 2**32), st.sampled_from([1, 2, 4]), st.sampled_from([3, 12, 60]))
+def test_tokens_of_sequences_whose_prefix_sank_and_came_back(seed: int, pp: int, host_blocks: int) -> None:
+    """A few beginnings in turn, which the pool can't hold together, with n > 1, cancels and preemption."""
+    drawn = random.Random(seed)
+    config = BatchConfig(
+        num_blocks=drawn.randint(8, 16),
+        max_model_len=30,
+        block_size=drawn.choice([2, 4]),
+        max_num_seqs=drawn.randint(1, 4),
+        max_num_batched_tokens=drawn.choice([8, 30]),
+        pp=pp,
+        host_blocks=host_blocks,
+    )
+    sizes = (config.num_blocks, config.block_size)
+    rig = Rig(Batcher(config, KVManager(config)), [FakeStage(i, pp, *sizes, host_blocks=host_blocks) for i in range(pp)])
+    longest = config.max_sequence_tokens
+    stems = [drawn.choices(range(997), k=longest) for _ in range(5)]
+    for now in range(60):
+        asked = request(f"r{now}", drawn.randint(2, longest - 1), n=drawn.choice([1, 1, 1, 3]))
+        asked.params.max_tokens = drawn.randint(0, min(6, longest - len(asked.prompt)))
+        asked.prompt[:-1] = drawn.choice(stems)[: len(asked.prompt) - 1]
+        rig.asked[asked.id] = asked
+        rig.batcher.add(asked, float(now))
+        if drawn.random() < 0.1:
+            rig.batcher.cancel(drawn.choice(list(rig.asked)))
+        for _ in range(drawn.randint(0, 12)):
+            if not rig.launch(float(now)) and rig.results:
+                rig.take()
+    rig.drain()
+    assert rig.batcher.num_sequences == rig.batcher.kv.pool.num_held == 0
+    assert rig.batcher.counters.stored > rig.batcher.counters.loaded
 
 
 def checked_schedule(b: Batcher, now: float) -> StepPlan | None:

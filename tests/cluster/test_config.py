@@ -61,6 +61,9 @@ def test_plain_values_become_a_config() -> None:
         ({"model": "m", "batching": "dynamic"}, "batching is 'dynamic'; choose one of continuous, static, static-skip"),
         ({"model": "m", "batching": ["static"]}, "batching is"),
         ({"model": "m", "max_queue": 0}, "max_queue is 0"),
+        ({"model": "m", "host_kv_memory": -1}, "host_kv_memory is -1"),
+        ({"model": "m", "host_kv_memory": "1GB", "prefix_cache": "off"}, "host_kv_memory is for KV of the prefix cache"),
+        ({"model": "m", "host_kv_memory": "1GB", "batching": "static"}, "host_kv_memory is for KV of the prefix cache"),
         ({"model": "m", "max_num_seqs": 600}, "max_num_batched_tokens"),
     ],
 )
@@ -83,6 +86,7 @@ def test_a_batch_settings_that_cannot_work(values: dict[str, Any]) -> None:
 def test_the_batchers_part() -> None:
     config = Config("m", block_size=4, max_num_seqs=3, reservation="contiguous", max_model_len=1000)
     batch = batch_settings(config, num_blocks=11, max_model_len=30)
+    assert (batch.host_blocks, batch_settings(config, 11, 30, 5).host_blocks) == (0, 5)
     assert (batch.block_size, batch.max_num_seqs, batch.reservation, batch.max_model_len) == (4, 3, "contiguous", 30)
     assert (batch.pool_tokens, batch.max_sequence_tokens) == (40, 30)
     assert BatchConfig(num_blocks=3, max_model_len=100).max_sequence_tokens == 32

@@ -76,13 +76,14 @@ def serving() -> Bench:
 def test_serves_when_every_rank_is_ready() -> None:
     bench = Bench(num_ranks=2)
     assert bench.started == [10]
-    bench.engine.receive(ready(10, 1, num_blocks=9), 1.0)
+    bench.engine.receive(ready(10, 1, num_blocks=9, host_blocks=7), 1.0)
     assert bench.engine.batcher is None
     bench.engine.receive(ready(9, 0), 1.0)
     assert bench.engine.batcher is None, "a rank of an earlier epoch"
-    bench.engine.receive(ready(10, 0), 1.0)
+    bench.engine.receive(ready(10, 0, host_blocks=5), 1.0)
     assert bench.engine.batcher is not None
     assert bench.engine.batcher.config.num_blocks == 9, "the smallest pool counts"
+    assert bench.engine.batcher.config.host_blocks == 5
     assert bench.all(EngineReport)[-1].ready
 
 

@@ -45,6 +45,37 @@ def test_overlapping_prompts_give_the_same_tokens_with_and_without(blocks: int, 
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(("slots", "tp", "pp"), [(60, 1, 1), (5, 1, 1), (60, 1, 2), (60, 2, 1), (7, 2, 2)])
+def test_what_went_to_the_host_and_came_back_gives_the_same_tokens(slots: int, tp: int, pp: int) -> None:
+    """Conversations in turn that don't fit the pool together, on a host with room for all of them, or for little."""
+    draw = random.Random(slots)
+    histories = [draw.choices(range(3, 2000), k=draw.randint(20, 60)) for _ in range(6)]
+    turns = [
+        [(number, draw.choices(range(3, 2000), k=draw.randint(1, 9))) for number in draw.sample(range(6), 4)] for _ in range(4)
+    ]
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=8)
+    block = 16 * 4096 // (tp * pp)
+    found, loaded = [], []
+    for host in (slots * block, 0):
+        sizes = {"kv_memory": 16 * block, "max_model_len": 192, "max_num_batched_tokens": 64, "max_num_seqs": 4}
+        with load("on", tp=tp, pp=pp, host_kv_memory=host, **sizes) as llm:
+            told = [list(history) for history in histories]
+            for turn in turns:
+                for number, said in turn:
+                    told[number] += said
+                answers = llm.generate([told[number] for number, _ in turn], params, ignore_eos=True)
+                for (number, _), answer in zip(turn, answers, strict=True):
+                    told[number] += answer.outputs[0].token_ids
+            llm.batcher.check_integrity()
+            stats = llm.stats()
+            assert 0 <= stats.host_blocks_used <= stats.host_blocks_total <= (slots if host else 0)
+            assert stats.blocks_used == 0
+            loaded.append(llm.batcher.counters.loaded)
+            found.append(told)
+    assert found[0] == found[1]
+    assert loaded[0] > 0 == loaded[1]
+
+
 def test_what_was_answered_is_found_by_the_next_turn() -> None:
     llm = load("on")
     prompt = list(range(3, 50))

@@ -54,6 +54,7 @@ def simulations(draw: st.DrawFn, pp: int, reservation: Reservation = "paged", ba
         reservation=reservation,
         batching=batching,
         prefix_cache=draw(st.sampled_from(["on", "on", "on", "off"])),
+        host_blocks=draw(st.sampled_from([0, 0, 2, 20])),
     )
     longest = batch.max_sequence_tokens
     forks = reservation == "paged" and batching == "continuous"

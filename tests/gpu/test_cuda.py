@@ -11,7 +11,7 @@ import torch
 from bench.exactness import Case, Run
 from cluster.config import Config
 from cluster.model import open_model
-from kv.pool import KVPool
+from kv.pool import HostBlocks, KVPool
 from parallel.partition import partition
 from parallel.vocabulary import LogitsHead
 from tests.workers.driver import LENGTHS, MIXED, Driver, generate, greedy
@@ -182,3 +182,20 @@ def test_the_pool_leaves_room(models: dict[str, TinyModel]) -> None:
     room = scratch_bytes(config, shape, 256, torch.float32) + (1 << 30)
     assert taken > 0
     assert 0.89 * free < taken + room <= 0.9 * free
+
+
+def test_blocks_go_to_pinned_memory_and_come_back_in_the_order_of_the_calls() -> None:
+    pool = KVPool(3, 200, 4, 2, 5, torch.float16, GPU)
+    pool.keys.normal_()
+    pool.values.normal_()
+    keys, values = pool.keys.clone(), pool.values.clone()
+    host = HostBlocks(pool, 150)
+    assert host.slots.is_pinned()
+    host.store(range(1, 151), range(150))
+    host.load(range(0, 150, 2), range(199, 124, -1))
+    host.store(range(125, 200), range(75))
+    host.load(range(75), range(1, 76))
+    torch.cuda.synchronize()
+    for place, source in ((199, 1), (198, 3), (125, 149), (1, 149), (75, 1), (76, 76)):
+        assert torch.equal(pool.keys[:, place], keys[:, source])
+        assert torch.equal(pool.values[:, place], values[:, source])

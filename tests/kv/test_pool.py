@@ -1,8 +1,9 @@
 """The KV pool's tensors."""
 
+import pytest
 import torch
 
-from kv.pool import KVPool
+from kv.pool import HostBlocks, KVPool
 
 
 def make_pool(num_blocks: int = 6) -> KVPool:
@@ -44,3 +45,28 @@ def test_a_new_pool_holds_finite_numbers() -> None:
     assert pool.block_size == 4
     assert not pool.keys.any()
     assert not pool.values.any()
+
+
+def test_blocks_go_to_the_host_and_come_back_elsewhere() -> None:
+    pool = make_pool(9)
+    pool.keys.normal_()
+    pool.values.normal_()
+    keys, values = pool.keys.clone(), pool.values.clone()
+    host = HostBlocks(pool, 5)
+    assert pool.bytes_per_block * 5 == host.slots.numel() * host.slots.element_size()
+    host.store([4, 1, 7, 2], [3, 0, 4, 1])
+    host.load([0, 4, 1], [8, 6, 4])
+    for block, source in [(8, 1), (6, 7), (4, 2), (1, 1), (2, 2), (3, 3), (5, 5), (7, 7)]:
+        assert torch.equal(pool.keys[:, block], keys[:, source])
+        assert torch.equal(pool.values[:, block], values[:, source])
+
+
+def test_what_is_staged_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(12)
+    pool.keys.normal_()
+    keys = pool.keys.clone()
+    monkeypatch.setattr("kv.pool._STAGED_BYTES", 3 * pool.bytes_per_block)
+    host = HostBlocks(pool, 10)
+    host.store(range(1, 11), range(10))
+    host.load(range(10), range(11, 1, -1))
+    assert torch.equal(pool.keys[:, 2:], keys[:, 1:11].flip(1))

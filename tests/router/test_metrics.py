@@ -30,7 +30,16 @@ def read(text: bytes) -> dict[Key, float]:
 
 def cluster(metrics: list[MetricSample]) -> ClusterStatus:
     busy = EngineStats(
-        running=3, waiting=2, in_flight=1, blocks_total=100, blocks_used=25, slots_allocated=400, slots_used=300, slots_shared=16
+        running=3,
+        waiting=2,
+        in_flight=1,
+        blocks_total=100,
+        blocks_used=25,
+        slots_allocated=400,
+        slots_used=300,
+        slots_shared=16,
+        host_blocks_total=8,
+        host_blocks_used=6,
     )
     engines = [
         EngineStatus(engine="a", epoch=2, ready=True, max_sequence_tokens=256, stats=busy),
@@ -47,6 +56,7 @@ def test_gauges() -> None:
     assert samples["vllm:num_requests_waiting", queue] == 7
     assert samples["vllm:kv_cache_usage_perc", a] == 0.25
     assert samples["rayline:kv_waste_ratio", a] == 0.25
+    assert (samples["rayline:kv_host_usage_ratio", a], samples["rayline:kv_host_usage_ratio", b]) == (0.75, 0)
     assert samples["rayline:kv_waste_ratio", b] == samples["vllm:kv_cache_usage_perc", b] == 0
     assert (samples["rayline:engine_ready", a], samples["rayline:engine_ready", b]) == (1, 0)
     assert read(render(None, "tiny")) == {("rayline:scheduler_up", ()): 0}

@@ -42,6 +42,21 @@ def test_a_pool_larger_than_the_memory_is_a_config_error(tiny_models: dict[str, 
         load_runner(open_model(str(path)), Config(model=str(path), device="cpu"), num_blocks=10**15)
 
 
+def test_host_memory_is_so_many_blocks(tiny_models: dict[str, TinyModel]) -> None:
+    path = tiny_models["llama"].path
+    block = 2 * 3 * 2 * 12 * 4 * 16  # K and V, layers, heads, head_dim, fp32, tokens
+
+    def blocks(host_kv_memory: int) -> int:
+        config = Config(model=str(path), device="cpu", dtype="float32", host_kv_memory=host_kv_memory)
+        return load_runner(open_model(str(path)), config, num_blocks=4).host_blocks
+
+    assert [blocks(memory) for memory in (0, block, 10 * block - 1)] == [0, 1, 9]
+    with pytest.raises(ConfigError, match="hold no block"):
+        blocks(block - 1)
+    with pytest.raises(ConfigError, match=r"the host has no \d{19} bytes for KV; set host_kv_memory to less"):
+        blocks(10**18)
+
+
 def test_a_sharded_checkpoint_is_the_whole_one(tmp_path: Path) -> None:
     whole = make_model(tmp_path / "whole", "qwen3")
     sharded = make_model(tmp_path / "sharded", "qwen3", max_shard_size="60KB")
