@@ -35,8 +35,8 @@ from cluster.protocol import (
     Take,
     WorkerReady,
 )
+from cluster.pulls import PullCounts
 from cluster.scheduler import GlobalScheduler, SchedulerConfig
-from cluster.transfers import TransferCounts
 
 LATENCY_S = 0.0005
 """Of every message."""
@@ -210,13 +210,13 @@ class Replay:
             by_minute=self._minutes,
             busy=sum(work) / len(work) / max(1e-9, self.now - 1.0),
             preemptions=sum(counter.preemptions for counter in counters),
-            pulls=dict(sum((transfers.pulls for transfers in self._transfers()), Counter())),
-            pulled_tokens=sum(transfers.tokens for transfers in self._transfers()),
+            pulls=dict(sum((counts.ended for counts in self._pulls()), Counter())),
+            pulled_tokens=sum(counts.tokens for counts in self._pulls()),
             seconds=time.perf_counter() - began,
         )
 
-    def _transfers(self) -> list[TransferCounts]:
-        return [process.engine.metrics.transfers for process in self._engines.values()]
+    def _pulls(self) -> list[PullCounts]:
+        return [process.engine.metrics.pulls for process in self._engines.values()]
 
     def _after(self, delay: float, target: str, message: Any) -> None:
         heapq.heappush(self._events, (self.now + delay, next(self._counter), target, message))

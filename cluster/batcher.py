@@ -124,13 +124,16 @@ class Batcher:
         """Sequences that still run or wait, and those that may come to run in the groups of beams."""
         return sum(len(live) for live in self._requests.values()) + sum(group.width for group in self._groups.values())
 
-    # --- KV on its way from or to another engine (cluster/transfers.py) ---------------------------------------------
+    # --- KV on its way from or to another engine (cluster/pulls.py) ---------------------------------------------
 
-    def open_table(self, match: PrefixMatch, salt: str, num_tokens: int) -> int | None:
-        """A table that is no sequence's: it holds the blocks of `match`, and new ones up to `num_tokens`. None if running sequences
-        have a claim on those."""
+    def open_table(self, match: PrefixMatch, salt: str, num_tokens: int) -> tuple[int, int] | None:
+        """A table that is no sequence's: it holds the blocks of `match` that are in the pool, and new ones up to `num_tokens`. None
+        if running sequences have a claim on those. With its number: the step whose result says that nothing is read from the new
+        ones any more (to host memory); -1: nothing is."""
         seq = self._number()
-        return seq if self._set.open_table(seq, match, salt, num_tokens) else None
+        if not self._set.open_table(seq, match, salt, num_tokens):
+            return None
+        return seq, self._next_step if self.kv.has_transfers else -1
 
     def close_table(self, seq: int, key: Key = b"", num_tokens: int = 0) -> None:
         """End it. What it has of the first `num_tokens` of the packed tokens `key` can be found from now on."""
@@ -162,7 +165,8 @@ class Batcher:
         budget = self._prefill_budget(self.config.max_num_batched_tokens - decodes)
         budget = self._schedule_prefills(plan, chosen, budget)
         self._admit(plan, chosen, budget)
-        if not plan.chunks and not plan.admitted:
+        awaited = self.kv.has_transfers and self._set.besides
+        if not plan.chunks and not plan.admitted and not awaited:
             return None
         plan.finished.extend(self._set.gone)
         self._set.gone.clear()

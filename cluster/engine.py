@@ -45,7 +45,7 @@ from cluster.protocol import (
     WorkerMessage,
     WorkerReady,
 )
-from cluster.transfers import Transfers, refused
+from cluster.pulls import Pulls, refused
 from kv.changes import ChangeLog
 from kv.manager import KVManager
 from kv.names import BlockNames
@@ -109,7 +109,7 @@ class _Epoch:
     announced_at: float = 0.0
     waiting: str = ""
     """Why its workers can't start yet, where something is missing."""
-    transfers: Transfers | None = None
+    pulls: Pulls | None = None
     """KV from and to other engines."""
 
 
@@ -168,7 +168,7 @@ class Engine:
             case StepResult():
                 self._result(message, now)
             case Pull() | Pulled() | Moved():
-                self._transfer(message, now)
+                self._pull(message, now)
             case WorkerReady():
                 self._worker_ready(message, now)
             case WorkerFailed() if message.epoch == self.epoch:
@@ -207,16 +207,16 @@ class Engine:
         if gap > _STALLED_S:  # it was this process that stood still: nobody else had a chance to be heard
             epoch.began_at, epoch.progress_at = min(now, epoch.began_at + gap), min(now, epoch.progress_at + gap)
             epoch.heard_at = {rank: min(now, heard + gap) for rank, heard in epoch.heard_at.items()}
-            if epoch.transfers is not None:
-                epoch.transfers.forgive(gap)
+            if epoch.pulls is not None:
+                epoch.pulls.forgive(gap)
         if epoch.start_at is not None and now >= epoch.start_at:
             epoch.start_at, epoch.began_at = None, now
             self.metrics.epochs += 1
             self._actions.append(StartWorkers(epoch.number))
         if epoch.start_at is None:
             self._watch(epoch, now)
-        if self._epoch.transfers is not None:
-            self._epoch.transfers.tick(now)
+        if self._epoch.pulls is not None:
+            self._epoch.pulls.tick(now)
         for request in [r for r, deadline in self._deadlines.items() if now >= deadline]:
             self._drop(request)
         self._pump(now)
@@ -232,7 +232,7 @@ class Engine:
             self._end_epoch(f"workers not ready after {config.load_timeout_s:.0f} s{waiting}", now)
         elif epoch.batcher is not None and epoch.batcher.in_flight and now - epoch.progress_at > config.step_timeout_s:
             self._end_epoch(f"a step without result for {config.step_timeout_s:.0f} s", now)
-        elif epoch.transfers is not None and (hung := epoch.transfers.hung(now)):
+        elif epoch.pulls is not None and (hung := epoch.pulls.hung(now)):
             self._end_epoch(hung, now)
         elif now - epoch.pinged_at > min(_PING_S, config.worker_timeout_s / 4):
             epoch.pinged_at = now
@@ -261,8 +261,8 @@ class Engine:
         if request.deadline_s is not None:
             self._deadlines[request.id] = now + request.deadline_s
         sequence = batcher.add(request, now)
-        if self._epoch.transfers is not None and message.source is not None:
-            self._epoch.transfers.pull(sequence, message.source, now)
+        if self._epoch.pulls is not None and message.source is not None:
+            self._epoch.pulls.pull(sequence, message.source, now)
 
     def _cancel(self, message: Cancel) -> None:
         known = self._requests.get(message.request)
@@ -308,8 +308,8 @@ class Engine:
             self.metrics.steps += 1
             self.metrics.tokens_computed += sum(chunk.num_tokens for chunk in plan.chunks)
             self._send(epoch.ready[0].address, plan)
-        if epoch.transfers is not None:
-            self._actions.extend(epoch.transfers.take_sends())
+        if epoch.pulls is not None:
+            self._actions.extend(epoch.pulls.take_sends())
         self._report(now)
         if epoch.changes and now - epoch.announced_at >= _ANNOUNCE_S:
             self._announce(epoch.changes.take(), now)
@@ -326,19 +326,19 @@ class Engine:
             return
         launched = batcher.in_flight[0].plan
         deltas = batcher.update(result)
-        if self._epoch.transfers is not None:
-            self._epoch.transfers.worth.computed(sum(chunk.num_tokens for chunk in launched.chunks), result.compute_s)
-            self._epoch.transfers.returned(result.step)
+        if self._epoch.pulls is not None:
+            self._epoch.pulls.worth.computed(sum(chunk.num_tokens for chunk in launched.chunks), result.compute_s)
+            self._epoch.pulls.returned(result.step)
         self._epoch.progress_at = now
         self._epoch.results += 1
         if self._epoch.results == _SETTLED_RESULTS:
             self._failures = 0
         self._deliver(deltas)
 
-    def _transfer(self, message: Pull | Pulled | Moved, now: float) -> None:
-        transfers = self._epoch.transfers
-        if transfers is not None and (isinstance(message, Pulled) or message.epoch == self.epoch):
-            transfers.receive(message, now)
+    def _pull(self, message: Pull | Pulled | Moved, now: float) -> None:
+        pulls = self._epoch.pulls
+        if pulls is not None and (isinstance(message, Pulled) or message.epoch == self.epoch):
+            pulls.receive(message, now)
         elif isinstance(message, Pull):
             self._send(message.reply_to, refused(message, "gone"))
 
@@ -377,14 +377,14 @@ class Engine:
         epoch.batcher = Batcher(batch, KVManager(batch, epoch.changes), epoch.number)
         ranks = [epoch.ready[rank] for rank in range(self.config.num_ranks)]
         if self.config.pull_timeout_s is not None and all(rank.store for rank in ranks):
-            epoch.transfers = Transfers(
+            epoch.pulls = Pulls(
                 self.config.name,
                 epoch.number,
                 self.config.address,
                 epoch.batcher,
                 ranks,
                 self.config.pull_timeout_s,
-                self.metrics.transfers,
+                self.metrics.pulls,
             )
         self._reason = ""
         self._news = True

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from cluster.protocol import MetricSample
+from cluster.pulls import PullCounts
 from cluster.running import Counters
-from cluster.transfers import TransferCounts
 
 
 @dataclass
@@ -17,7 +17,7 @@ class EngineMetrics:
     epochs: int = 0
     stage_seconds: dict[int, float] = field(default_factory=dict)
     """By stage: how long its leader computed."""
-    transfers: TransferCounts = field(default_factory=TransferCounts)
+    pulls: PullCounts = field(default_factory=PullCounts)
     channel: list[MetricSample] = field(default_factory=list)
     """Of its mailbox, which the process around it owns."""
 
@@ -37,18 +37,18 @@ class EngineMetrics:
                 MetricSample("rayline:stage_compute_seconds_total", (*labels, ("stage", str(stage))), seconds)
                 for stage, seconds in sorted(self.stage_seconds.items())
             ),
-            *self._transfers(labels),
+            *self._pulls(labels),
             *self.channel,
         ]
 
-    def _transfers(self, labels: tuple[tuple[str, str], ...]) -> list[MetricSample]:
-        counts = self.transfers
-        if not counts.pulls and not counts.loans:
+    def _pulls(self, labels: tuple[tuple[str, str], ...]) -> list[MetricSample]:
+        counts = self.pulls
+        if not counts.ended and not counts.loans:
             return []
         return [
             *(
                 MetricSample("rayline:kv_pulls_total", (*labels, ("outcome", outcome)), float(count))
-                for outcome, count in sorted(counts.pulls.items())
+                for outcome, count in sorted(counts.ended.items())
             ),
             MetricSample("rayline:kv_pulled_tokens_total", labels, float(counts.tokens)),
             MetricSample("rayline:kv_pull_seconds_total", labels, counts.seconds),

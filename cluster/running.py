@@ -187,12 +187,12 @@ class RunningSet:
     # --- besides ----------------------------------------------------------------------------------------------------
 
     def open_table(self, seq: int, match: PrefixMatch, salt: str, num_tokens: int) -> bool:
-        """A table `seq` that is no sequence's: it holds the blocks of `match`, and new ones up to `num_tokens`. False if running
-        sequences have a claim on those."""
+        """A table `seq` that is no sequence's: it holds the blocks of `match` that are in the pool, and new ones up to
+        `num_tokens`. False if running sequences have a claim on those."""
         taken = self.kv.blocks_for(num_tokens) - len(match.blocks) + match.idle
         if taken > self.kv.num_free - self.promised():
             return False
-        self.kv.admit(seq, match, salt, num_tokens)
+        self.kv.hold(seq, match, salt)
         self.kv.allocate(seq, num_tokens)
         self.besides[seq] = num_tokens
         return True

@@ -56,6 +56,11 @@ class HostTier:
         """`copies`: of the plan being made, which grow while it is."""
         self._copies = copies
 
+    @property
+    def has_transfers(self) -> bool:
+        """Whether some are decided and not yet taken."""
+        return bool(self._transfers)
+
     def take_transfers(self) -> list[Transfer]:
         """For the plan being made: all that was decided since the last take, in order."""
         taken, self._transfers, self._copies = self._transfers, [], ()

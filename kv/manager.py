@@ -66,6 +66,11 @@ class KVManager:
         return [] if self.host is None else self.host.take_transfers()
 
     @property
+    def has_transfers(self) -> bool:
+        """Whether some are decided that no plan has taken."""
+        return self.host is not None and self.host.has_transfers
+
+    @property
     def num_free(self) -> int:
         """Blocks that can be had: free ones, and those that only the tree keeps."""
         return self.pool.num_free + (0 if self.tree is None else self.tree.num_idle)
@@ -123,6 +128,13 @@ class KVManager:
                 table.blocks += copied
                 return Beginning(match.num_tokens + count, (source, copied[0]))
         return Beginning(match.num_tokens, None)
+
+    def hold(self, seq: int, match: PrefixMatch, salt: str) -> None:
+        """Begin a table for `seq`, which is no sequence's, with just those whole blocks of a match that are in the pool."""
+        self._check_new(seq)
+        assert self.tree is not None
+        self._tables[seq] = _Table(list(match.blocks), self.tree.lock(match, salt))
+        self.pool.share(match.blocks)
 
     def _bring_back(self, table: _Table, lease: Lease, count: int) -> Beginning:
         """Load the `count` blocks on the host that `lease` holds."""

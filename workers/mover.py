@@ -1,7 +1,7 @@
 """KV blocks on their way between a rank and the ranks of other engines that have the same part of the model.
 
 Each peer has a thread and a two-rank group of its own in each direction, so that nobody's silence holds up anybody else; plans are
-executed meanwhile. Which blocks may be read or written is the engines' affair (cluster/transfers.py): here they are only moved, and
+executed meanwhile. Which blocks may be read or written is the engines' affair (cluster/pulls.py): here they are only moved, and
 whatever goes wrong is said and forgotten, together with the group.
 """
 

@@ -26,11 +26,11 @@ from cluster.protocol.placement import (
     Stop,
     Withdraw,
 )
+from cluster.protocol.pulls import Give, Moved, Pull, Pulled, PullRefusal, PullSource, Take
 from cluster.protocol.reports import CacheChanges, CacheResync, Credit, EngineReport, EngineStats, EngineStatus, MetricSample
 from cluster.protocol.requests import Cancel, Request, SamplingParams, Submit
 from cluster.protocol.steps import Admission, Chunk, ChunkResult, NewSequence, PromptScores, StepPlan, StepResult, Transfer
 from cluster.protocol.tokens import Deltas, FinishReason, Rejected, Released, TokenDelta, TokenLogprobs
-from cluster.protocol.transfers import Give, Moved, Pull, Pulled, PullRefusal, PullSource, Take
 from cluster.protocol.workers import Ping, Pong, StageTime, StageTimes, WorkerFailed, WorkerReady
 
 __all__ = [

@@ -3,8 +3,8 @@
 from typing import Literal
 
 from cluster.protocol.base import Wire
+from cluster.protocol.pulls import PullSource
 from cluster.protocol.reports import EngineStatus, MetricSample
-from cluster.protocol.transfers import PullSource
 
 
 class Place(Wire, tag=True, kw_only=True):

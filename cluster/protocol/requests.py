@@ -1,7 +1,7 @@
 """Router -> engine: what to run."""
 
 from cluster.protocol.base import Wire
-from cluster.protocol.transfers import PullSource
+from cluster.protocol.pulls import PullSource
 
 
 class SamplingParams(Wire, kw_only=True):

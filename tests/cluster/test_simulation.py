@@ -145,7 +145,7 @@ def test_the_simulation_notices_a_prompt_position_lost_or_told_twice(harm: str) 
 
 def pulls(simulation: Simulation) -> Counter[str]:
     """How they ended, of the engines that live at the end."""
-    return sum((engine.metrics.transfers.pulls for engine in simulation.engines.values()), Counter())
+    return sum((engine.metrics.pulls.ended for engine in simulation.engines.values()), Counter())
 
 
 @pytest.mark.parametrize("pp", [1, 2])
@@ -157,7 +157,15 @@ def test_kv_pulled_from_other_engines_is_right_whatever_dies(pp: int) -> None:
     @given(st.integers(0, 2**32), st.integers(12, 30), st.lists(st.tuples(st.sampled_from(FAULTS), st.floats(0.5, 4)), max_size=2))
     def run(seed: int, num_blocks: int, faults: list[tuple[str, float]]) -> None:
         chance = random.Random(seed)
-        batch = BatchConfig(num_blocks=num_blocks, block_size=4, max_model_len=80, max_num_seqs=2, max_num_batched_tokens=16, pp=pp)
+        batch = BatchConfig(
+            num_blocks=num_blocks,
+            block_size=4,
+            max_model_len=80,
+            max_num_seqs=2,
+            max_num_batched_tokens=16,
+            pp=pp,
+            host_blocks=chance.choice([0, 30]),
+        )
         length = min(40, batch.max_sequence_tokens - 8)
         common = chance.choices(range(997), k=length)
         asked = []

@@ -1,5 +1,6 @@
 """KV pulled from another engine, one case at a time: what the request is told and what is left behind."""
 
+import dataclasses
 from collections import Counter, deque
 from collections.abc import Callable
 
@@ -45,7 +46,8 @@ class Pair:
     def __init__(self, layout_of_b: str = "same", batch: BatchConfig = BATCH) -> None:
         self.now = 0.0
         self.batch = batch
-        self.stages = {name: FakeStage(0, 1, batch.num_blocks, batch.block_size) for name in "ab"}
+        sizes = (batch.num_blocks, batch.block_size)
+        self.stages = {name: FakeStage(0, 1, *sizes, host_blocks=batch.host_blocks) for name in "ab"}
         self.hold: Callable[[object], bool] = lambda message: False
         self.held: list[tuple[str, object]] = []
         self.moving: list[tuple[str, Give | Take]] = []
@@ -67,6 +69,7 @@ class Pair:
                     max_model_len=batch.max_model_len,
                     layout=layout,
                     store=f"{name}:1",
+                    host_blocks=batch.host_blocks,
                 ),
             )
 
@@ -137,7 +140,7 @@ class Pair:
         self.ask("b", request or asked(), PullSource("a", EPOCH, "a", blocks))
 
     def outcomes(self) -> Counter[str]:
-        return self.engines["b"].metrics.transfers.pulls
+        return self.engines["b"].metrics.pulls.ended
 
     def check(self, cached: int, request: Request | None = None) -> None:
         """b has answered rightly, with so much of the prompt from the cache, and nothing is left of it."""
@@ -166,7 +169,7 @@ def test_a_prefix_is_pulled_and_then_found() -> None:
     pair.move()
     pair.check(cached=40)
     assert pair.outcomes() == Counter(done=1)
-    counts = pair.engines["b"].metrics.transfers, pair.engines["a"].metrics.transfers
+    counts = pair.engines["b"].metrics.pulls, pair.engines["a"].metrics.pulls
     assert (counts[0].tokens, counts[0].loans, counts[1].tokens, counts[1].loans) == (40, 0, 0, 1)
     samples = {(s.name, dict(s.labels).get("outcome")): s.value for s in pair.engines["b"].metrics.samples("b")}
     assert samples["rayline:kv_pulls_total", "done"] == 1.0
@@ -181,7 +184,7 @@ def test_only_what_is_missing_is_pulled() -> None:
     assert [len(order.blocks) for _, order in pair.moving] == [5, 5]
     pair.move()
     pair.check(cached=40)
-    assert pair.engines["b"].metrics.transfers.tokens == 20
+    assert pair.engines["b"].metrics.pulls.tokens == 20
 
 
 def test_the_source_may_have_less_than_was_thought() -> None:
@@ -248,6 +251,27 @@ def test_nothing_is_read_before_it_is_written() -> None:
     assert {type(order) for _, order in pair.moving} == {Give, Take}
     pair.move()
     pair.check(cached=40)
+
+
+def test_nothing_is_written_before_what_was_there_is_in_host_memory() -> None:
+    """The pool of b is full of another prompt, which goes to the host for the pulled one, and is brought back afterwards."""
+    pair = Pair(batch=dataclasses.replace(BATCH, num_blocks=14, host_blocks=20))
+    other = asked("other", PROMPT[::-1])
+    pair.ask("b", other)
+    pair.deltas.clear()
+    pair.hold = lambda message: isinstance(message, StepPlan) and bool(message.transfers)
+    pair.pull()
+    ((_, plan),) = pair.held
+    assert isinstance(plan, StepPlan)
+    assert not plan.chunks, "there is nothing else to do"
+    assert [type(order) for _, order in pair.moving] == [Give]
+    pair.let_go()
+    pair.move()
+    pair.check(cached=40)
+    pair.deltas.clear()
+    again = asked("again", other.prompt)
+    pair.ask("b", again)
+    pair.check(cached=40, request=again)
 
 
 @pytest.mark.parametrize("when", ["asked", "coming"])

@@ -4,13 +4,13 @@ A request whose prompt another engine has more of waits as *fetching*, outside o
 put into the radix tree, the request joins the waiting line at its place, and finds them there as it would find any other prefix.
 Whatever goes wrong on the way: it joins the line without them, and they are computed again.
 
-Blocks that are written or read by a transfer belong to a table of their own. The table of a pull holds the blocks before those that
+Blocks that a transfer writes or reads belong to a table of their own. The table of a pull holds the blocks before those that
 are to come, so that they are not evicted meanwhile; that of a loan is the source's lease. Both are kept until every rank has said
 that it touches them no more, however long ago the request has stopped waiting: a rank's transfer ends within a bounded time.
 """
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from cluster.actions import Send
 from cluster.batcher import Batcher
@@ -28,11 +28,11 @@ _SHUNNED_S = 30.0
 
 
 @dataclass
-class TransferCounts:
+class PullCounts:
     """Running totals of an engine's process."""
 
-    pulls: Counter[str] = field(default_factory=Counter)
-    """By how they ended: done, gone, layout, busy, failed, late."""
+    ended: Counter[str] = field(default_factory=Counter)
+    """Pulls by how they ended: done, gone, layout, busy, failed, late."""
     tokens: int = 0
     """Whose KV has come."""
     seconds: float = 0.0
@@ -54,6 +54,10 @@ class _Pull:
     """Blocks that were here already."""
     end: int
     began: float
+    after: int = -1
+    """The step whose result says that nobody reads from its blocks any more what was in them; -1: nobody does."""
+    answered: bool = False
+    """The source has said that the blocks come."""
     ranks: set[int] = field(default_factory=set)
     """Of which word is awaited."""
     seconds: float = 0.0
@@ -79,7 +83,7 @@ class _Loan:
         return self.request.pull
 
 
-class Transfers:
+class Pulls:
     """Feed it with pull(), receive(), returned() and tick(); send what take_sends() returns."""
 
     def __init__(
@@ -90,7 +94,7 @@ class Transfers:
         batcher: Batcher,
         ranks: list[WorkerReady],
         within_s: float,
-        counts: TransferCounts,
+        counts: PullCounts,
     ) -> None:
         """`engine`, `epoch`, `address`: whose they are. `ranks`: in order. `within_s`: what takes longer has failed."""
         self.worth = Worth()
@@ -120,7 +124,8 @@ class Transfers:
         kv, size = self._batcher.kv, self._batcher.config.block_size
         if kv.tree is None or not sequence.scoring.complete or len(self._pulls) >= _MOST:
             return
-        match = replace(kv.match(sequence.key, sequence.request.cache_salt), part=None)
+        match = kv.match(sequence.key, sequence.request.cache_salt)
+        known = kv.known_tokens(match) // size  # in host memory too, from where they are sooner here
         end = min(source.num_blocks, (len(sequence.request.prompt) - 1) // size)
         pull = _Pull(
             name=f"{self._engine}.{self._epoch}.{self._next}",
@@ -132,13 +137,13 @@ class Transfers:
             end=end,
             began=now,
         )
-        count = pull.end - pull.first
+        count = pull.end - known
         if count < LEAST_BLOCKS or now < self._shunned.get(pull.peer, now) or not self.worth.pays(count * size, now):
             return
-        seq = self._batcher.open_table(match, sequence.request.cache_salt, pull.end * size)
-        if seq is None:
+        table = self._batcher.open_table(match, sequence.request.cache_salt, pull.end * size)
+        if table is None:
             return
-        pull.seq = seq
+        pull.seq, pull.after = table
         self._next += 1
         self._pulls[pull.name] = pull
         self._batcher.set_aside(sequence)
@@ -161,7 +166,7 @@ class Transfers:
 
     def _pulled(self, message: Pulled, now: float) -> None:
         pull = self._pulls.get(message.pull)
-        if pull is None or pull.ranks:
+        if pull is None or pull.answered:
             return
         end = min(message.num_blocks, pull.end)
         if message.refused is not None or end <= pull.first:
@@ -170,9 +175,14 @@ class Transfers:
             self._let_go(pull, message.refused or "gone")
             self._close(pull)
             return
-        pull.end = end
+        pull.end, pull.answered = end, True
+        if pull.after < 0:
+            self._take(pull)
+
+    def _take(self, pull: _Pull) -> None:
+        pull.after = -1
         pull.ranks = set(range(len(self._ranks)))
-        blocks = self._batcher.kv.table(pull.seq)[pull.first : end]
+        blocks = self._batcher.kv.table(pull.seq)[pull.first : pull.end]
         for rank in self._ranks:
             take = Take(
                 epoch=self._epoch,
@@ -213,7 +223,7 @@ class Transfers:
     def _let_go(self, pull: _Pull, outcome: str) -> None:
         """The request waits for it no longer."""
         if pull.sequence is not None:
-            self._counts.pulls[outcome] += 1
+            self._counts.ended[outcome] += 1
             self._batcher.bring_back(pull.sequence)
             pull.sequence = None
 
@@ -232,10 +242,11 @@ class Transfers:
         elif len(self._loans) >= _MOST:
             refusal = "busy"
         else:
-            match = replace(kv.match(request.tokens, request.salt), part=None)
+            match = kv.match(request.tokens, request.salt)
             enough = len(match.blocks) >= request.first_block + LEAST_BLOCKS
-            seq = batcher.open_table(match, request.salt, match.num_tokens) if enough else None
-            if seq is not None:
+            table = batcher.open_table(match, request.salt, match.num_tokens) if enough else None
+            if table is not None:
+                seq, _ = table
                 after = batcher.in_flight[-1].plan.step if batcher.in_flight else -1
                 loan = self._loans[request.pull] = _Loan(request, seq, list(match.blocks[request.first_block :]), after, now)
                 self._sends.append(Send(request.reply_to, Pulled(request.pull, len(match.blocks))))
@@ -285,9 +296,13 @@ class Transfers:
                     self._given(loan, message)
 
     def returned(self, step: int) -> None:
-        """The result of this step is in: all ranks have written what it and the steps before it write."""
+        """The result of this step is in: all ranks have read and written what it and the steps before it read and write."""
         for loan in [loan for loan in self._loans.values() if 0 <= loan.after <= step]:
             self._give(loan)
+        for pull in [pull for pull in self._pulls.values() if 0 <= pull.after <= step]:
+            pull.after = -1
+            if pull.answered:
+                self._take(pull)
 
     def tick(self, now: float) -> None:
         """Look at the clock: who has waited long enough? Call a few times a second."""
