@@ -28,7 +28,8 @@ from bench.timeline import Span, bubble, draw
 from cluster.actions import KillWorkers, Send
 from cluster.channel import Mailbox
 from cluster.config import BatchConfig, Config, batch_settings
-from cluster.engine import Engine, EngineConfig
+from cluster.engine import Engine
+from cluster.epoch import EngineConfig
 from cluster.protocol import Deltas, EngineMessage, Request, SamplingParams, StageTimes, Submit, WorkerReady
 from parallel.rendezvous import StoreServer
 from workers.rank import run_rank

@@ -13,7 +13,8 @@ import numpy as np
 from bench.replay_workload import Workload
 from cluster.actions import StartWorkers
 from cluster.config import BatchConfig, PlacementPolicy
-from cluster.engine import Engine, EngineConfig
+from cluster.engine import Engine
+from cluster.epoch import EngineConfig
 from cluster.protocol import (
     ChunkResult,
     Deltas,

@@ -17,7 +17,8 @@ import zmq
 from cluster.actions import KillWorkers, Send, StartWorkers
 from cluster.channel import Mailbox
 from cluster.config import Config, batch_settings
-from cluster.engine import Engine, EngineConfig
+from cluster.engine import Engine
+from cluster.epoch import EngineConfig
 from cluster.finder import SCHEDULER, Finder, find_actor, named_actors
 from cluster.fleet import Died, Fleet, Waiting
 from cluster.protocol import EngineMessage, SchedulerMessage, StageTimes

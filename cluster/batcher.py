@@ -87,7 +87,6 @@ class Batcher:
         for choice in choices:
             sequence = Sequence(self._number(), request, choice, list(request.emitted[choice]), now, scoring)
             if self._set.forks and sequences:
-                sequence.expected = self.kv.known_tokens(self._set.match(sequence))
                 self.line.hold(sequence, sequences[choices[0]])
             else:
                 self._stand_in_line(sequence)

@@ -10,14 +10,13 @@ When an epoch ends its requests are released to their routers, which place them 
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from cluster.actions import KillWorkers, Send, StartWorkers
 from cluster.batcher import Batcher
-from cluster.config import BatchConfig, ConfigError
+from cluster.config import ConfigError
 from cluster.engine_metrics import EngineMetrics
+from cluster.epoch import EngineConfig, Epoch
 from cluster.protocol import (
-    CacheChanges,
     CacheResync,
     Cancel,
     Credit,
@@ -45,72 +44,18 @@ from cluster.protocol import (
     WorkerMessage,
     WorkerReady,
 )
-from cluster.pulls import Pulls, refused
-from kv.changes import ChangeLog
-from kv.manager import KVManager
-from kv.names import BlockNames
+from cluster.pulls import refused
 
 LOAD_FAILED = "could not load"
 """In an engine's reason: not a death, but something that a person has to mend."""
 _SETTLED_RESULTS = 100
 """After so many good steps an epoch counts as healthy, and the next failure as the first."""
 _STALLED_S = 3.0
-_ANNOUNCE_S = 0.02
-"""Changes of the radix tree are told at most so often."""
 _PING_S = 2.0
 """Workers end when they have not heard of their engine for a minute."""
 
 
 Action = Send[RouterMessage | SchedulerMessage | WorkerMessage | EngineMessage] | StartWorkers | KillWorkers
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """An engine's settings. num_blocks, max_model_len and host_blocks of `batch` are replaced by what its workers report."""
-
-    name: str
-    address: str
-    """Of the engine's own mailbox."""
-    scheduler: str
-    """Address of the global scheduler, as far as known at the start."""
-    batch: BatchConfig
-    num_ranks: int = 1
-    step_timeout_s: float = 60.0
-    worker_timeout_s: float = 8.0
-    load_timeout_s: float = 600.0
-    heartbeat_s: float = 1.0
-    longest_backoff_s: float = 30.0
-    names: BlockNames | None = None
-    """For a scheduler that places by prefixes: how it is told of blocks. None: it need not be told."""
-    pull_timeout_s: float | None = None
-    """KV pulled from another engine is to be here within so long. None: nothing is pulled or given."""
-
-
-@dataclass
-class _Epoch:
-    """What lasts as long as one set of workers."""
-
-    number: int
-    began_at: float
-    start_at: float | None
-    """When to start its workers, if that has not been done (back-off after a failure)."""
-    ready: dict[int, WorkerReady] = field(default_factory=dict)
-    batcher: Batcher | None = None
-    progress_at: float = 0.0
-    """Last sign of progress: a step's result, or the launch that ended an idle time."""
-    pinged_at: float = 0.0
-    heard_at: dict[int, float] = field(default_factory=dict)
-    """By rank, once it is ready: its last sign of life."""
-    results: int = 0
-    changes: ChangeLog | None = None
-    """Of its radix tree, for the scheduler."""
-    announced: int = 0
-    """How many CacheChanges it has sent."""
-    announced_at: float = 0.0
-    waiting: str = ""
-    """Why its workers can't start yet, where something is missing."""
-    pulls: Pulls | None = None
-    """KV from and to other engines."""
 
 
 class Engine:
@@ -132,7 +77,7 @@ class Engine:
         """Something that the scheduler should hear of before the next heartbeat."""
         self._reported_at = now
         self._ticked_at = now
-        self._epoch = _Epoch(first_epoch, now, start_at=now)
+        self._epoch = Epoch(config, first_epoch, now, start_at=now)
         self.tick(now)
 
     @property
@@ -164,7 +109,7 @@ class Engine:
             case EngineDown() if message.epoch >= self.epoch:
                 self._end_epoch("taken for dead by the scheduler", now, next_epoch=message.epoch + 1, failure=False)
             case CacheResync() if message.epoch == self.epoch:
-                self._announce_whole(now)
+                self._tell_whole(now)
             case StepResult():
                 self._result(message, now)
             case Pull() | Pulled() | Moved():
@@ -204,11 +149,8 @@ class Engine:
         """Look at the clock: time-outs, back-off, heartbeats. Call a few times a second."""
         epoch = self._epoch
         gap, self._ticked_at = now - self._ticked_at, now
-        if gap > _STALLED_S:  # it was this process that stood still: nobody else had a chance to be heard
-            epoch.began_at, epoch.progress_at = min(now, epoch.began_at + gap), min(now, epoch.progress_at + gap)
-            epoch.heard_at = {rank: min(now, heard + gap) for rank, heard in epoch.heard_at.items()}
-            if epoch.pulls is not None:
-                epoch.pulls.forgive(gap)
+        if gap > _STALLED_S:
+            epoch.stood_still(gap, now)
         if epoch.start_at is not None and now >= epoch.start_at:
             epoch.start_at, epoch.began_at = None, now
             self.metrics.epochs += 1
@@ -221,23 +163,13 @@ class Engine:
             self._drop(request)
         self._pump(now)
 
-    def _watch(self, epoch: _Epoch, now: float) -> None:
-        """The watchdog: on signs of life and on progress, not on whether a process still exists."""
-        config = self.config
-        silent = [rank for rank, heard in epoch.heard_at.items() if now - heard > config.worker_timeout_s]
-        if silent:
-            self._end_epoch(f"no sign of life from worker {silent[0]} for {config.worker_timeout_s:.0f} s", now)
-        elif epoch.batcher is None and now - epoch.began_at > config.load_timeout_s:
-            waiting = f": {epoch.waiting}" if epoch.waiting else ""
-            self._end_epoch(f"workers not ready after {config.load_timeout_s:.0f} s{waiting}", now)
-        elif epoch.batcher is not None and epoch.batcher.in_flight and now - epoch.progress_at > config.step_timeout_s:
-            self._end_epoch(f"a step without result for {config.step_timeout_s:.0f} s", now)
-        elif epoch.pulls is not None and (hung := epoch.pulls.hung(now)):
-            self._end_epoch(hung, now)
-        elif now - epoch.pinged_at > min(_PING_S, config.worker_timeout_s / 4):
+    def _watch(self, epoch: Epoch, now: float) -> None:
+        if reason := epoch.why_over(now):
+            self._end_epoch(reason, now)
+        elif now - epoch.pinged_at > min(_PING_S, self.config.worker_timeout_s / 4):
             epoch.pinged_at = now
-            for rank in epoch.ready:
-                self._send(epoch.ready[rank].address, Ping(epoch.number))
+            for worker in epoch.ready.values():
+                self._send(worker.address, Ping(epoch.number))
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
@@ -311,8 +243,9 @@ class Engine:
         if epoch.pulls is not None:
             self._actions.extend(epoch.pulls.take_sends())
         self._report(now)
-        if epoch.changes and now - epoch.announced_at >= _ANNOUNCE_S:
-            self._announce(epoch.changes.take(), now)
+        news = epoch.news.due(now) if epoch.news is not None else None
+        if news is not None:
+            self._send(self._scheduler, news)
 
     def _result(self, result: StepResult, now: float) -> None:
         batcher = self.batcher
@@ -356,38 +289,13 @@ class Engine:
     # --- epochs -----------------------------------------------------------------------------------------------------
 
     def _worker_ready(self, message: WorkerReady, now: float) -> None:
-        epoch = self._epoch
-        if message.epoch != epoch.number or epoch.start_at is not None:
+        if message.epoch != self.epoch or self._epoch.start_at is not None:
             return
-        epoch.ready[message.rank] = message
-        epoch.heard_at[message.rank] = now
-        if len(epoch.ready) < self.config.num_ranks or epoch.batcher is not None:
-            return
-        num_blocks = min(r.num_blocks for r in epoch.ready.values())
-        max_model_len = min(r.max_model_len for r in epoch.ready.values())
-        host_blocks = min(r.host_blocks for r in epoch.ready.values())
         try:
-            batch = dataclasses.replace(
-                self.config.batch, num_blocks=num_blocks, max_model_len=max_model_len, host_blocks=host_blocks
-            )
+            if self._epoch.is_ready(message, now, self.metrics.pulls):
+                self._reason, self._news = "", True
         except ConfigError as error:
             self._end_epoch(f"workers can't serve: {error}", now)
-            return
-        epoch.changes = ChangeLog(self.config.names) if self.config.names is not None else None
-        epoch.batcher = Batcher(batch, KVManager(batch, epoch.changes), epoch.number)
-        ranks = [epoch.ready[rank] for rank in range(self.config.num_ranks)]
-        if self.config.pull_timeout_s is not None and all(rank.store for rank in ranks):
-            epoch.pulls = Pulls(
-                self.config.name,
-                epoch.number,
-                self.config.address,
-                epoch.batcher,
-                ranks,
-                self.config.pull_timeout_s,
-                self.metrics.pulls,
-            )
-        self._reason = ""
-        self._news = True
 
     def _end_epoch(self, reason: str, now: float, next_epoch: int = 0, failure: bool = True) -> None:
         """Everything of this epoch is over. The next one begins at once, or later if the last ones failed early too."""
@@ -409,7 +317,7 @@ class Engine:
         self._reason = reason
         wait = min(self.config.longest_backoff_s, 2.0 ** min(self._failures - 1, 10)) if failure and self._failures else 0.0
         self._failures += failure
-        self._epoch = _Epoch(max(over.number + 1, next_epoch), now, start_at=now + wait)
+        self._epoch = Epoch(self.config, max(over.number + 1, next_epoch), now, start_at=now + wait)
         self._report_number = 0
         self._news = True
 
@@ -440,22 +348,14 @@ class Engine:
             accepted=accepted,
             stats=batcher.stats() if batcher else EngineStats(),
             metrics=running.samples(self.config.name),
-            cache_changes=self._epoch.announced,
+            cache_changes=self._epoch.news.sent if self._epoch.news is not None else 0,
         )
         self._send(self._scheduler, report)
 
-    def _announce(self, changes: list[tuple[bool, bytes]], now: float, whole: bool = False) -> None:
-        """Tell the scheduler how the radix tree has changed, for its prefix index."""
-        epoch = self._epoch
-        message = CacheChanges(engine=self.config.name, epoch=epoch.number, number=epoch.announced, changes=changes, whole=whole)
-        epoch.announced, epoch.announced_at = epoch.announced + 1, now
-        self._send(self._scheduler, message)
-
-    def _announce_whole(self, now: float) -> None:
-        tree = self.batcher.kv.tree if self.batcher is not None else None
-        if tree is not None and self._epoch.changes is not None:
-            self._epoch.changes.take()
-            self._announce([(True, bytes(node.names)) for node in tree.nodes()], now, whole=True)
+    def _tell_whole(self, now: float) -> None:
+        tree, news = self.batcher.kv.tree if self.batcher is not None else None, self._epoch.news
+        if tree is not None and news is not None:
+            self._send(self._scheduler, news.whole(tree, now))
 
     def _send(self, address: str, message: RouterMessage | SchedulerMessage | WorkerMessage | EngineMessage) -> None:
         self._actions.append(Send(address, message))

@@ -68,7 +68,7 @@ class WaitingLine:
         children += self._take_held(parent)
         if children:
             heir, *others = children
-            heir.parent = None
+            heir.parent, heir.expected = None, parent.expected
             self.join(heir)
             for child in others:
                 self.hold(child, heir)

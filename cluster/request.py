@@ -93,8 +93,11 @@ class Sequence:
 
     @property
     def ahead(self) -> int:
-        """Tokens of a prompt that are yet to be planned, as far as is known: those that the cache has will not be."""
-        return max(1, self.schedulable - (0 if self.num_computed else self.expected)) if self.schedulable > 1 else 0
+        """Tokens of a prompt that are yet to be planned, as far as is known: not those that the cache or its `parent` has."""
+        if self.schedulable <= 1:
+            return 0
+        known = self.expected if self.parent is None else len(self.request.prompt) - 1
+        return max(1, self.schedulable - (0 if self.num_computed else known))
 
     @property
     def order(self) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 from cluster import engine as engines
 from cluster.actions import KillWorkers, Send, StartWorkers
 from cluster.config import BatchConfig
+from cluster.epoch import EngineConfig
 from cluster.protocol import Give, Moved, Ping, Pong, RouterHello, SamplingParams, StepPlan, Take, WorkerReady
 from cluster.scheduler import GlobalScheduler, SchedulerConfig
 from kv.index import unpack
@@ -120,7 +121,7 @@ class Simulation:
     def _start_engine(self, name: str) -> None:
         process = self.processes.setdefault(name, Process(name))
         process.alive = True
-        config = engines.EngineConfig(
+        config = EngineConfig(
             name,
             name,
             "scheduler",

@@ -63,6 +63,18 @@ def test_first_come_first_served_even_where_a_later_one_would_fit() -> None:
     assert admitted == [0], "b waits for room, and c behind b"
 
 
+def test_choices_that_will_fork_a_prompt_are_no_backlog() -> None:
+    b = batcher(max_num_seqs=1)
+    b.add(request(prompt=40, n=3), 0.0)
+    assert b.stats().backlog == 40
+    for left in (24, 8):
+        run(b)
+        assert b.stats().backlog == left
+    run(b)
+    b.schedule(0.0)
+    assert b.stats().backlog == 2, "each of the two that wait computes one token"
+
+
 def test_no_more_sequences_than_allowed_run() -> None:
     b = batcher()
     for i in range(6):

@@ -6,7 +6,8 @@ from typing import TypeVar
 import pytest
 
 from cluster.actions import KillWorkers, Send, StartWorkers
-from cluster.engine import Engine, EngineConfig
+from cluster.engine import Engine
+from cluster.epoch import EngineConfig
 from cluster.protocol import (
     Cancel,
     Deltas,

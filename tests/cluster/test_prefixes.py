@@ -4,7 +4,8 @@ import dataclasses
 
 from cluster import structs
 from cluster.actions import Send
-from cluster.engine import Engine, EngineConfig
+from cluster.engine import Engine
+from cluster.epoch import EngineConfig
 from cluster.prefixes import Prefixes
 from cluster.protocol import CacheChanges, CacheResync, EngineStats, Place, Placement, Submit
 from cluster.scheduler import GlobalScheduler, SchedulerConfig

@@ -8,7 +8,8 @@ import pytest
 
 from cluster.actions import KillWorkers, Send
 from cluster.config import BatchConfig
-from cluster.engine import Engine, EngineConfig
+from cluster.engine import Engine
+from cluster.epoch import EngineConfig
 from cluster.protocol import (
     Cancel,
     Deltas,
