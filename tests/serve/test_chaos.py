@@ -19,6 +19,8 @@ from tests.serve.nodes import Nodes, wait_for
 
 pytestmark = [pytest.mark.serve, pytest.mark.chaos]
 TOKENS = 300
+STEM = [300 + place % 97 for place in range(160)]
+"""All prompts begin with it, so that engines pull its KV from each other, and some die over it."""
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def streamed(server: Server, number: int) -> Stream:
     seen = Stream()
     stream: Any = server.client.completions.create(
         model="demo",
-        prompt=f"def f{number % 4}(",
+        prompt=[*STEM, number % 4],
         max_tokens=TOKENS,
         temperature=0.8,
         seed=number % 4,
@@ -98,7 +100,7 @@ def all_streams(server: Server, what: str, disturb: Callable[[], None]) -> float
     pauses = sorted(stream.pause(began) for stream in seen)
     print(
         f"{what}: noticed after {noticed:.1f} s; the streams' longest pause {pauses[-1]:.1f} s, median {pauses[15]:.1f} s; "
-        f"two engines again after {whole:.1f} s"
+        f"two engines again after {whole:.1f} s; {server.gauge('rayline:kv_pulls_total'):.0f} pulls"
     )
     return noticed
 
