@@ -54,6 +54,8 @@ class _Pull:
     """Blocks that were here already."""
     end: int
     began: float
+    patience_s: float
+    """The request waits no longer."""
     after: int = -1
     """The step whose result says that nobody reads from its blocks any more what was in them; -1: nobody does."""
     answered: bool = False
@@ -136,6 +138,7 @@ class Pulls:
             first=len(match.blocks),
             end=end,
             began=now,
+            patience_s=min(self._within_s, self.worth.patience_s((end - known) * size)),
         )
         count = pull.end - known
         if count < LEAST_BLOCKS or now < self._shunned.get(pull.peer, now) or not self.worth.pays(count * size, now):
@@ -306,11 +309,14 @@ class Pulls:
 
     def tick(self, now: float) -> None:
         """Look at the clock: who has waited long enough? Call a few times a second."""
-        for pull in [p for p in self._pulls.values() if p.sequence is not None and now - p.began > self._within_s]:
-            self._shun(pull, now)
-            self._let_go(pull, "late")
-            if not pull.ranks:  # there was no answer, so no rank was told
-                self._close(pull)
+        for pull in list(self._pulls.values()):
+            if now - pull.began > pull.patience_s:
+                self._let_go(pull, "late")  # what comes all the same is kept for others
+            if now - pull.began > self._within_s and not pull.failed:
+                pull.failed = True
+                self._shun(pull, now)
+                if not pull.ranks:  # there was no answer, so no rank was told
+                    self._close(pull)
 
     def forgive(self, gap: float) -> None:
         """The engine's process stood still for so long."""

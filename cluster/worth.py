@@ -6,6 +6,7 @@ _FADE = 0.9
 """Weight of an observation after each later one."""
 _AGAIN_S = 30.0
 """What did not pay is tried again after so long: neither machines nor networks stay as they are."""
+_LEAST_PATIENCE_S = 0.1
 _LEAST_TOKENS = 32
 """Iterations of fewer tokens say little about prompts: the fixed part is most of them."""
 
@@ -55,3 +56,7 @@ class Worth:
                 return False
         self._tried_at = now
         return True
+
+    def patience_s(self, tokens: int) -> float:
+        """How long a request should wait for the KV of so many tokens: computed, it would be here about that soon."""
+        return _LEAST_PATIENCE_S + 2.0 * tokens * self._computing.mean if self._computing.known else math.inf

@@ -231,6 +231,26 @@ def test_a_request_is_not_kept_waiting_for_ever() -> None:
     pair.check(cached=0)
 
 
+def test_a_request_waits_no_longer_than_it_would_take_to_compute_and_the_kv_is_kept() -> None:
+    pair = Pair()
+    pulls = pair.engines["b"]._epoch.pulls
+    assert pulls is not None
+    pulls.worth.computed(1000, 10.0)
+    pair.pull()
+    pair.tick(0.8)
+    assert not pair.deltas, "40 tokens take 0.4 s"
+    pair.tick(1.0)
+    assert pair.outcomes() == Counter(late=1)
+    assert pair.deltas[0].cached_tokens == 0
+    pair.move()
+    pair.check_empty()
+    assert pair.engines["b"].metrics.pulls.tokens == 40
+    again = asked("again", [*PROMPT, 3])
+    pair.deltas.clear()
+    pair.ask("b", again)
+    pair.check(cached=42, request=again)
+
+
 def test_ranks_that_never_say_what_became_of_it_end_the_epoch() -> None:
     pair = Pair()
     pair.pull()
