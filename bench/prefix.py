@@ -7,7 +7,7 @@ Four measurements on the real model, cache on against off in turn, repetition by
 - 64 requests at once that share their first 512 tokens, 32 output tokens each: output tokens per second;
 - 64 requests that share nothing, a quarter of them at a time in a pool for half of them, so that old prefixes are evicted all the
   time and nobody is preempted: CPU seconds, all at once; and the 99th percentile of the time to first token when they arrive at
-  random at 70 % of that throughput;
+  random at 70 % of that throughput. The sides take turns with every iteration, so that slow moments of the machine hit both;
 - 16 prompts of 512 tokens, each asked with four endings in turn, 16 output tokens each, in a pool for a quarter of them: output
   tokens per second, with host memory for what is evicted and without;
 - one prompt of 512 tokens with n = 8 against n = 1: the KV slots at the first token.
@@ -17,6 +17,7 @@ the machine count for little. The tokens of both sides must be equal.
 """
 
 import dataclasses
+import itertools
 import math
 import statistics
 import sys
@@ -35,6 +36,8 @@ from cluster.config import BatchConfig, batch_settings
 from cluster.model import DEMO_MODEL
 from cluster.offline import LLM
 from cluster.protocol import EngineStats, SamplingParams
+from kv.pool import KVPool
+from workers.runner import ModelRunner
 
 Cache = Literal["on", "off"]
 MEMORY: dict[str, Any] = {"kv_memory": "64MiB", "host_kv_memory": "64MiB"}
@@ -69,18 +72,32 @@ class Sides:
 
     def __init__(self, llm: LLM, requests: int, repetitions: int) -> None:
         self._llm = llm
+        self._runners = (llm.runner, _twin(llm))
         self._requests = requests
         self._repetitions = repetitions
         self.run(jobs([Shape(64, 8)] * 8, llm.vocab_size, 10**6), "off")  # warm
 
     def run(self, asked: Sequence[Job], cache: Cache, **limits: Any) -> tuple[float, list[Served]]:
         """CPU seconds of all, and what became of each. The cache is empty at first. `limits`: of the BatchConfig."""
-        base = batch_settings(self._llm.config, self._llm.runner.num_blocks, self._llm.runner.max_model_len)
-        config: BatchConfig = dataclasses.replace(base, prefix_cache=cache, **limits)
-        drive = Drive(asked, config, self._llm.runner, time.process_time)
+        drive = Drive(asked, self._config(cache, **limits), self._llm.runner, time.process_time)
         began = time.process_time()
         served = drive.run()
         return time.process_time() - began, served
+
+    def run_together(self, asked: Sequence[Job], repetition: int, **limits: Any) -> dict[Cache, Drive]:
+        """Both sides, an iteration of one and then one of the other, so that whatever slows the machine for longer than that slows
+        both alike. Each has a pool of its own; which, and who goes first, changes with the repetition."""
+        drives = {
+            cache: Drive(asked, self._config(cache, **limits), runner, time.process_time)
+            for cache, runner in zip(_turn(repetition), self._runners, strict=True)
+        }
+        for _ in itertools.zip_longest(*(drive.iterations() for drive in drives.values())):
+            pass
+        return drives
+
+    def _config(self, cache: Cache, **limits: Any) -> BatchConfig:
+        base = batch_settings(self._llm.config, self._llm.runner.num_blocks, self._llm.runner.max_model_len)
+        return dataclasses.replace(base, prefix_cache=cache, **limits)
 
     def shared(self, report: Report) -> bool:
         """One long prefix for all; whether all tokens are equal."""
@@ -149,15 +166,13 @@ class Sides:
         same = True
         for repetition in range(self._repetitions):
             asked = jobs(shapes, self._llm.vocab_size, 1000 + repetition)
-            found = {}
-            for cache in _turn(repetition):
-                spent, found[cache] = self.run(asked, cache, **limits)
-                seconds[cache].append(spent)
-            same &= _tokens(found["on"]) == _tokens(found["off"])
+            drives = self.run_together(asked, repetition, **limits)
+            for cache, drive in drives.items():
+                seconds[cache].append(drive.now)
+            same &= _tokens(drives["on"].served) == _tokens(drives["off"].served)
             rate = LOAD * self._requests / statistics.median(seconds["off"])
-            for cache in _turn(repetition):
-                _, served = self.run(poisson(asked, rate, repetition), cache, **limits)
-                ttft[cache] += [one.ttft_s for one in served]
+            for cache, drive in self.run_together(poisson(asked, rate, repetition), repetition, **limits).items():
+                ttft[cache] += [one.ttft_s for one in drive.served]
         changes = [on / off - 1 for on, off in zip(seconds["on"], seconds["off"], strict=True)]
         low, high = interval(changes)
         p99 = {cache: float(np.percentile(times, 99)) for cache, times in ttft.items()}
@@ -172,6 +187,14 @@ class Sides:
         )
         report.record("nothing_shared", {"seconds": seconds, "ttft_s": ttft})
         return same
+
+
+def _twin(llm: LLM) -> ModelRunner:
+    """Another runner of the same weights, with a pool of its own."""
+    runner, keys = llm.runner, llm.runner.pool.keys
+    layers, blocks, size, heads, head_dim = keys.shape
+    pool = KVPool(layers, blocks, size, heads, head_dim, keys.dtype, keys.device)
+    return ModelRunner(runner.decoder, pool, llm.config.attention, runner.max_model_len)
 
 
 def choices(model: str, report: Report) -> None:
