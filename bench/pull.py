@@ -92,16 +92,16 @@ class _Ranks:
         self._giver = giver
         self._count = 0
 
-    def pull(self, num_blocks: int, group: str) -> float:
+    def pull(self, num_blocks: int, peer: str) -> float:
         """Seconds of a transfer."""
         self._count += 1
         order: dict[str, Any] = {
             "epoch": 1,
             "pull": str(self._count),
-            "group": group,
-            "peer": group,
+            "peer": peer,
             "store": self._mover.store,
             "blocks": list(range(1, num_blocks + 1)),
+            "after": -1,
             "within_s": _WITHIN_S,
         }
         began = time.perf_counter()

@@ -125,21 +125,25 @@ class Batcher:
 
     # --- KV on its way from or to another engine (cluster/pulls.py) ---------------------------------------------
 
-    def open_table(self, match: PrefixMatch, salt: str, num_tokens: int) -> tuple[int, int] | None:
+    def open_table(self, match: PrefixMatch, salt: str, num_tokens: int) -> int | None:
         """A table that is no sequence's: it holds the blocks of `match` that are in the pool, and new ones up to `num_tokens`. None
-        if running sequences have a claim on those. With its number: the step whose result says that nothing is read from the new
-        ones any more (to host memory); -1: nothing is."""
+        if running sequences have a claim on those. They may be touched from outside once `last_step` has been run."""
         seq = self._number()
-        if not self._set.open_table(seq, match, salt, num_tokens):
-            return None
-        return seq, self._next_step if self.kv.has_transfers else -1
+        return seq if self._set.open_table(seq, match, salt, num_tokens) else None
+
+    @property
+    def last_step(self) -> int:
+        """The last step that may touch what is in no table any more: the last launched one, or the next if that stores something in
+        host memory; -1 if there was none."""
+        return self._next_step - 1 + self.kv.has_transfers
 
     def close_table(self, seq: int, key: Key = b"", num_tokens: int = 0) -> None:
         """End it. What it has of the first `num_tokens` of the packed tokens `key` can be found from now on."""
         self._set.close_table(seq, key, num_tokens)
 
-    def set_aside(self, sequence: Sequence) -> None:
-        """It waits for KV, not for a place."""
+    def set_aside(self, sequence: Sequence, num_tokens: int) -> None:
+        """It waits for the KV of its first `num_tokens` tokens, not for a place."""
+        sequence.expected = num_tokens
         self.line.set_aside(sequence)
 
     def bring_back(self, sequence: Sequence) -> None:

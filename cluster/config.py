@@ -168,9 +168,11 @@ class Config:
             raise ConfigError(
                 "host_kv_memory is for KV of the prefix cache, but prefix_cache, batching or reservation switch that off"
             )
-        for name in ("request_timeout_s", "step_timeout_s", "worker_timeout_s", "load_timeout_s", "kv_pull_timeout_s"):
+        for name in ("request_timeout_s", "step_timeout_s", "worker_timeout_s", "load_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be above 0")
+        if not 0.1 <= self.kv_pull_timeout_s <= 3600:
+            raise ConfigError(f"kv_pull_timeout_s is {self.kv_pull_timeout_s}, but must be from 0.1 to 3600")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}, but ports go from 0 to 65535")
         if self.stage_layers is not None and len(self.stage_layers) != self.pp:

@@ -193,7 +193,7 @@ class Engine:
         if request.deadline_s is not None:
             self._deadlines[request.id] = now + request.deadline_s
         sequence = batcher.add(request, now)
-        if self._epoch.pulls is not None and message.source is not None:
+        if self._epoch.pulls is not None:
             self._epoch.pulls.pull(sequence, message.source, now)
 
     def _cancel(self, message: Cancel) -> None:
@@ -261,7 +261,6 @@ class Engine:
         deltas = batcher.update(result)
         if self._epoch.pulls is not None:
             self._epoch.pulls.worth.computed(sum(chunk.num_tokens for chunk in launched.chunks), result.compute_s)
-            self._epoch.pulls.returned(result.step)
         self._epoch.progress_at = now
         self._epoch.results += 1
         if self._epoch.results == _SETTLED_RESULTS:

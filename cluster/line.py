@@ -15,15 +15,15 @@ class WaitingLine:
         self._held: dict[int, list[Sequence]] = {}
         """By the parent's `seq`."""
         self._parents: dict[int, Sequence] = {}
-        self._aside: list[Sequence] = []
+        self.aside: list[Sequence] = []
         """These wait for something else than a place."""
 
     def __len__(self) -> int:
-        return len(self.waiting) + len(self._aside) + sum(map(len, self._held.values()))
+        return len(self.waiting) + len(self.aside) + sum(map(len, self._held.values()))
 
     def everyone(self) -> list[Sequence]:
         """All that wait, held back or not."""
-        return [*self.waiting, *self._aside, *(child for children in self._held.values() for child in children)]
+        return [*self.waiting, *self.aside, *(child for children in self._held.values() for child in children)]
 
     def join(self, sequence: Sequence) -> None:
         """Stand in line; where, says the time of arrival."""
@@ -38,13 +38,13 @@ class WaitingLine:
     def set_aside(self, sequence: Sequence) -> None:
         """Out of the line, until bring_back()."""
         self.waiting.remove(sequence)
-        self._aside.append(sequence)
+        self.aside.append(sequence)
 
     def bring_back(self, sequence: Sequence) -> bool:
         """Into the line again; False if it is not aside any more."""
-        if sequence not in self._aside:
+        if sequence not in self.aside:
             return False
-        self._aside.remove(sequence)
+        self.aside.remove(sequence)
         self.join(sequence)
         return True
 
@@ -82,7 +82,7 @@ class WaitingLine:
             if parent is not None and not held:
                 self._take_held(parent)
             return True
-        for waiting in (self.waiting, self._aside):
+        for waiting in (self.waiting, self.aside):
             if sequence in waiting:
                 waiting.remove(sequence)
                 return True

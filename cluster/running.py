@@ -210,6 +210,7 @@ class RunningSet:
         A few sequences more than run are asked for, so that a next one is here when a place falls free.
         """
         queued = sum(self.kv.blocks_to_admit(s.num_tokens, s.max_num_tokens) for s in self.line.everyone())
+        queued -= sum(s.expected // self.config.block_size for s in self.line.aside)  # these blocks are in a table already
         tokens = (self.kv.num_free - self.promised() - queued) * self.config.block_size
         return Credit(max(0, tokens), max(0, self.capacity().sequences - num_sequences))
 
@@ -230,7 +231,7 @@ class RunningSet:
             slots_used=ledger.used,
             slots_shared=ledger.shared,
             blocks_cached=self.kv.pool.num_used - self.kv.pool.num_held,
-            backlog=sum(s.ahead for s in itertools.chain(self.sequences, self.line.waiting)),
+            backlog=sum(s.ahead for s in itertools.chain(self.sequences, self.line.waiting, self.line.aside)),
             host_blocks_total=self.config.host_blocks,
             host_blocks_used=0 if self.kv.host is None else self.kv.host.num_used,
         )

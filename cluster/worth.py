@@ -42,20 +42,21 @@ class Worth:
         if tokens >= _LEAST_TOKENS:
             self._computing.observe(tokens, seconds)
 
+    def tried(self, now: float) -> None:
+        """KV is being moved."""
+        self._tried_at = now
+
     def moved(self, tokens: int, seconds: float, waited_s: float) -> None:
-        """KV of so many tokens was on its way for `seconds`; the request waited for it for `waited_s` in all."""
+        """KV of so many tokens was on its way for `seconds`; it took `waited_s` in all, from asking to having it."""
         self._moving.observe(tokens, seconds)
         self._waiting.observe(1, max(0.0, waited_s - seconds))
 
     def pays(self, tokens: int, now: float) -> bool:
         """Whether to move the KV of so many tokens: also to find out what it takes."""
         known = self._computing.known and self._moving.known
-        if known and now - self._tried_at < _AGAIN_S:
-            moving = self._waiting.mean + tokens * self._moving.mean
-            if moving >= tokens * self._computing.mean:
-                return False
-        self._tried_at = now
-        return True
+        if not known or now - self._tried_at >= _AGAIN_S:
+            return True
+        return self._waiting.mean + tokens * self._moving.mean < tokens * self._computing.mean
 
     def patience_s(self, tokens: int) -> float:
         """How long a request should wait for the KV of so many tokens: computed, it would be here about that soon."""

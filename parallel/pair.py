@@ -1,11 +1,10 @@
 """Two ranks of different engines that exchange tensors. Whatever one of them does, or dies of, the other one goes on.
 
-So no wait is without a bound, and none is left to NCCL, whose watchdog would end the process: before it is asked for anything both
-ranks have said that they are there, and what is not done in time is called off.
+So no wait is left to NCCL, whose watchdog would end the process: before it is asked for anything both ranks have said that they are
+there, and what is not done in time is called off.
 """
 
 import time
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,17 +24,14 @@ class Pair:
     """One end of it. After an exception it is of no use any more."""
 
     def __init__(self, name: str, store: "Store", rank: int, device: torch.device, host: str, timeout_s: float) -> None:
-        """Meet the other rank under `name`, never used before, in `store`, within `timeout_s`: for each exchange there is as long.
+        """Form a group with the other rank, which does so too, under `name`, never used before, in `store`.
 
-        host: this node's own address. Raises RuntimeError (torch.distributed.DistError is one) where the other one does not come.
+        host: this node's own address. timeout_s: of each exchange. Raises RuntimeError (torch.distributed.DistError is one) where
+        the other one does not come; with gloo that can take five times as long.
         """
-        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-
-        mine = PrefixStore(name, store)
-        mine.set(f"here{rank}", "")
-        mine.wait([f"here{1 - rank}"], timedelta(seconds=timeout_s))
+        self.name = name
         self._cuda, self._timeout_s, self._other = device.type == "cuda", timeout_s, 1 - rank
-        self._group = make_group("pair", mine, rank, 2, device, host, _WATCHDOG_S if self._cuda else timeout_s, line=True)
+        self._group = make_group(name, store, rank, 2, device, host, _WATCHDOG_S if self._cuda else timeout_s, line=True)
 
     def send(self, x: Tensor) -> None:
         """Returns when x may change. Raises RuntimeError where that takes too long, or the other one is gone."""
@@ -55,3 +51,20 @@ class Pair:
                 self._group.abort()
                 raise RuntimeError(f"the other rank did not answer for {self._timeout_s:.1f} s")
             time.sleep(_POLL_S)
+
+
+def meet(name: str, store: "Store", rank: int, known: Pair | None, device: torch.device, host: str, timeout_s: float) -> Pair:
+    """The pair in which the two ranks that call this with the same `name`, never used before, exchange what comes next: `known`, if
+    both know the same one, else a new one. Raises as Pair does; it may wait for long where the store's process is frozen."""
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    mine, theirs = f"known{rank}", f"known{1 - rank}"
+    desk = PrefixStore(name, store)
+    desk.set(mine, "" if known is None else known.name)
+    other = desk.get(theirs).decode()
+    desk.delete_key(theirs)
+    if known is not None and other == known.name:
+        return known
+    return Pair(name, store, rank, device, host, timeout_s)

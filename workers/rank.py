@@ -67,6 +67,7 @@ def run_rank(
                 host_blocks=runner.host_blocks,
             )
             mailbox.send(engine, ready)
-            return serve_plans(runner, intake, mailbox, engine, seat, epoch)
+            executed = mover.executed if mover is not None else lambda step: None
+            return serve_plans(runner, intake, mailbox, engine, seat, epoch, executed)
         finally:
             intake.close()

@@ -120,8 +120,16 @@ class Intake:
                     self._mailbox.send(self._engine, moved)
 
 
-def serve_plans(runner: Runner, intake: Intake, mailbox: Mailbox[WorkerMessage], engine: str, seat: Seat, epoch: int) -> str:
-    """Execute the intake's plans until no more will come; returns why.
+def serve_plans(
+    runner: Runner,
+    intake: Intake,
+    mailbox: Mailbox[WorkerMessage],
+    engine: str,
+    seat: Seat,
+    epoch: int,
+    executed: Callable[[int], None] = lambda step: None,
+) -> str:
+    """Execute the intake's plans until no more will come; returns why. executed: is told each step that was.
 
     An exception of the runner is reported to the engine, which ends the epoch, and ends this too.
     """
@@ -140,7 +148,9 @@ def serve_plans(runner: Runner, intake: Intake, mailbox: Mailbox[WorkerMessage],
                 plans.append(plan)
                 runner.expect(plan)
         if plans:
-            result = _execute(runner, plans.popleft())
+            plan = plans.popleft()
+            result = _execute(runner, plan)
+            executed(plan.step)
             if runner.answers or result.error is not None:
                 mailbox.send(engine, result)
             if result.error is not None:

@@ -26,10 +26,11 @@ class Pull(Wire, tag=True, kw_only=True):
     """Engine -> engine: give me the KV of these tokens."""
 
     pull: str
-    """Its name, never used twice in a cluster."""
+    """Its name, never used twice in a cluster, and not to be guessed."""
     epoch: int
     """Of the engine asked."""
-    engine: str
+    peer: str
+    """Who asks: its name and its epoch."""
     reply_to: str
     tokens: bytes
     """Packed (kv.names.pack): those of the blocks that are wanted, and one more."""
@@ -40,8 +41,6 @@ class Pull(Wire, tag=True, kw_only=True):
     """By rank: what its pool is like. It has to be the same on both sides."""
     stores: list[str]
     """By rank: where the two ranks meet (parallel.rendezvous)."""
-    group: str
-    """The name under which they meet. A new one after each failure."""
 
 
 class Pulled(Wire, tag=True):
@@ -59,9 +58,10 @@ class Give(Wire, tag=True, kw_only=True):
     pull: str
     peer: str
     """The other engine and its epoch."""
-    group: str
     store: str
     blocks: list[int]
+    after: int
+    """Not before this step has been run here: it may still write them. -1: at once."""
     within_s: float
     """If it is not done by then, it has failed."""
 
@@ -72,9 +72,10 @@ class Take(Wire, tag=True, kw_only=True):
     epoch: int
     pull: str
     peer: str
-    group: str
     store: str
     blocks: list[int]
+    after: int
+    """Not before this step has been run here: it may still read what was in them before."""
     within_s: float
 
 

@@ -57,10 +57,17 @@ class Process:
         self.address = address
         self.life = 0
         self.alive = True
+        self.free_at = 0.0
+        """Of a worker: when it has run all plans that it has."""
+        self.step = -1
+        """Of a worker: the last that it has run."""
 
 
 class Simulation:
     """Call run(); then look at clients and check_empty()."""
+
+    plan_times: tuple[float, ...] = (0.0,)
+    """Seconds that workers take for a plan: one of these."""
 
     def __init__(self, seed: int, clients: list[Client], batch: BatchConfig, num_engines: int = 1, num_routers: int = 1) -> None:
         self.story = f"seed={seed}, clients={clients}, batch={batch}, num_engines={num_engines}, num_routers={num_routers}"
@@ -219,7 +226,7 @@ class Simulation:
         elif target in self.routers:
             self.routers[target].receive(message, self.now)
         elif "/" in target:
-            self._worker(target, message, [])
+            self._worker(target, message)
         else:
             self._on_engine(target, self.engines[target], lambda: self.engines[target].receive(message, self.now))
         self.flush()
@@ -275,6 +282,7 @@ class Simulation:
             address = f"{name}/{rank}"
             process = self.processes.setdefault(address, Process(address))
             process.life += 1
+            process.free_at, process.step = self.now, -1
             ready = WorkerReady(
                 epoch=epoch,
                 rank=rank,
@@ -293,31 +301,51 @@ class Simulation:
                 ),
             )
 
-    def _worker(self, address: str, message: Any, hidden: list[int]) -> None:
+    def _worker(self, address: str, message: Any) -> None:
         name, rank = address.split("/")[0], int(address.split("/")[1])
         match message:
             case StepPlan():
-                out, result = self.stages[name][rank].execute(message, hidden)
-                if result is not None:
-                    self._send(address, name, result)
-                else:
-                    self._forward(address, f"{name}/{rank + 1}", message, out)
+                self._run_later(address, message, [])
             case Ping():
                 self._send(address, name, Pong(message.epoch, rank))
             case Give() | Take():
                 self._move(address, message)
 
+    def _run_later(self, address: str, plan: StepPlan, hidden: list[int]) -> None:
+        """After the plans before it, each of which takes its time."""
+        process = self.processes[address]
+        free_at = max(self.now, process.free_at) + self.random.choice(self.plan_times)
+        process.free_at = free_at
+        self._at_worker(address, free_at - self.now, lambda: self._run(address, plan, hidden))
+
+    def _run(self, address: str, plan: StepPlan, hidden: list[int]) -> None:
+        name, rank = address.split("/")[0], int(address.split("/")[1])
+        out, result = self.stages[name][rank].execute(plan, hidden)
+        self.processes[address].step = plan.step
+        if result is not None:
+            self._send(address, name, result)
+        else:
+            self._forward(address, f"{name}/{rank + 1}", plan, out)
+        self.flush()
+
     def _move(self, address: str, message: Give | Take) -> None:
-        """KV from rank to rank, once both are there: all of it, or half, or nothing."""
+        """KV from rank to rank, once both are there and have run what they have to: all of it, or half, or nothing."""
         both = self._moving.setdefault((message.store, message.pull), [])
         both.append((address, message))
         if len(both) == 1:
-            self._at_worker(
-                address, message.within_s, lambda: self._moved(address, message, "nobody came") if len(both) == 1 else None
-            )
+
+            def give_up() -> None:
+                if len(both) == 1:
+                    both.append(both[0])  # whoever comes now comes too late
+                    self._moved(address, message, "nobody came")
+
+            self._at_worker(address, message.within_s, give_up)
+            return
+        if len(both) > 2:
+            self._moved(address, message, "nobody is there any more")
             return
         (giver, give), (taker, take) = sorted(both, key=lambda end: isinstance(end[1], Take))
-        assert (give.group, len(give.blocks)) == (take.group, len(take.blocks))
+        assert len(give.blocks) == len(take.blocks)
         fate = self.random.random()
         content: list[list[int]] = []
 
@@ -331,9 +359,16 @@ class Simulation:
             self._stage(taker).write(take.blocks[:count], content[:count])
             self._moved(taker, take, "" if whole else "broken")
 
-        took = self.random.choice([1, 1, 1.5 * PULL_TIMEOUT_S]) * self.random.random()
-        self._at_worker(giver, took * self.random.choice([0.0, 0.5]), read)
-        self._at_worker(taker, took, write)
+        took = self.random.choice([0.01, 1, 1.5 * PULL_TIMEOUT_S]) * self.random.random()
+        self._when_run(giver, give.after, lambda: self._at_worker(giver, took * self.random.choice([0.0, 0.5]), read))
+        self._when_run(taker, take.after, lambda: self._at_worker(taker, took, write))
+
+    def _when_run(self, address: str, step: int, event: Callable[[], None]) -> None:
+        """As soon as the worker has run this step."""
+        if self.processes[address].step >= step:
+            event()
+        else:
+            self._at_worker(address, 0.01, lambda: self._when_run(address, step, event))
 
     def _moved(self, address: str, message: Give | Take, error: str) -> None:
         name, rank = address.split("/")
@@ -358,8 +393,7 @@ class Simulation:
 
         def deliver() -> None:
             if receiver.life == life:
-                self._worker(target, plan, hidden)
-                self.flush()
+                self._run_later(target, plan, hidden)
 
         self.at(arrival, deliver)
 

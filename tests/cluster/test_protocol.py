@@ -60,18 +60,17 @@ MESSAGES: list[Any] = [
     protocol.Pull(
         pull="e.1.0",
         epoch=2,
-        engine="e",
+        peer="e.1",
         reply_to="e!",
         tokens=b"12345678",
         salt="x",
         first_block=1,
         layout=["a"],
         stores=["h:1"],
-        group="f.2>e.1.0",
     ),
     protocol.Pulled("e.1.0", 0, "busy"),
-    protocol.Give(epoch=2, pull="e.1.0", peer="e", group="g", store="h:1", blocks=[1, 2], within_s=5.0),
-    protocol.Take(epoch=1, pull="e.1.0", peer="f.2", group="g", store="h:1", blocks=[3, 4], within_s=5.0),
+    protocol.Give(epoch=2, pull="e.1.0", peer="e.1", store="h:1", blocks=[1, 2], after=3, within_s=5.0),
+    protocol.Take(epoch=1, pull="e.1.0", peer="f.2", store="h:1", blocks=[3, 4], after=-1, within_s=5.0),
     protocol.Moved(epoch=1, rank=0, pull="e.1.0", seconds=0.1, error="bad"),
 ]
 UNIONS: list[Any] = [RouterMessage, SchedulerMessage, EngineMessage, WorkerMessage]

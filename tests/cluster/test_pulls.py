@@ -122,7 +122,8 @@ class Pair:
     def move(self, error: str = "") -> None:
         """The two ranks do what they were told: all of it, or half."""
         (giver, give), (taker, take) = sorted(self.moving, key=lambda end: isinstance(end[1], Take))
-        assert (give.pull, give.group, give.store, len(give.blocks)) == (take.pull, take.group, take.store, len(take.blocks))
+        assert (give.pull, give.store, len(give.blocks)) == (take.pull, take.store, len(take.blocks))
+        assert (give.peer, take.peer) == (f"b.{EPOCH}", f"a.{EPOCH}")
         content = self.stages[giver].read(give.blocks)
         count = len(content) // 2 if error else len(content)
         self.stages[taker].write(take.blocks[:count], content[:count])
@@ -257,19 +258,23 @@ def test_ranks_that_never_say_what_became_of_it_end_the_epoch() -> None:
     pair.tick(19.0)
     assert not pair.killed
     pair.tick(22.0)
-    assert [reason.split(" 2")[0] for reason in pair.killed] == ["no word of the transfer b.10.0 for"] * 2
+    assert [reason.split(".")[0] for reason in pair.killed] == ["no word of the transfer b"] * 2
 
 
-def test_nothing_is_read_before_it_is_written() -> None:
-    """The source has only just been given the same prompt: its plan is on its way."""
+def test_nothing_is_read_or_written_before_the_plans_that_were_launched_have_run() -> None:
+    """The source has only just been given the same prompt: its plan is on its way. So is one of the destination."""
     pair = Pair()
+    pair.ask("b", asked("b's own", [1, 2, 3]))
     pair.hold = lambda message: isinstance(message, StepPlan)
     pair.ask("a", asked("first"))
+    pair.ask("b", asked("another", [4, 5, 6]))
     pair.deltas.append(TokenDelta(request="", attempt=0, choice=0, index=0, tokens=[]))
     pair.pull()
-    assert [type(order) for _, order in pair.moving] == [Take]
+    ((_, of_a), (_, of_b)) = pair.held
+    assert isinstance(of_a, StepPlan)
+    assert isinstance(of_b, StepPlan)
+    assert {type(order): order.after for _, order in pair.moving} == {Give: of_a.step, Take: of_b.step}
     pair.let_go()
-    assert {type(order) for _, order in pair.moving} == {Give, Take}
     pair.move()
     pair.check(cached=40)
 
@@ -285,7 +290,7 @@ def test_nothing_is_written_before_what_was_there_is_in_host_memory() -> None:
     ((_, plan),) = pair.held
     assert isinstance(plan, StepPlan)
     assert not plan.chunks, "there is nothing else to do"
-    assert [type(order) for _, order in pair.moving] == [Give]
+    assert {type(order): order.after for _, order in pair.moving}[Take] == plan.step
     pair.let_go()
     pair.move()
     pair.check(cached=40)
@@ -293,6 +298,51 @@ def test_nothing_is_written_before_what_was_there_is_in_host_memory() -> None:
     again = asked("again", other.prompt)
     pair.ask("b", again)
     pair.check(cached=40, request=again)
+
+
+def test_a_plan_that_is_not_yet_launched_stores_first() -> None:
+    """As many plans as may be are in flight, so that the next one has to wait, and the ranks for that one."""
+    pair = Pair(batch=dataclasses.replace(BATCH, num_blocks=14, host_blocks=20))
+    pair.ask("b", asked("other", PROMPT[::-1]))
+    pair.deltas.clear()
+    pair.ask("a", asked("first"))
+    pair.deltas.clear()
+    pair.hold = lambda message: isinstance(message, StepPlan)
+    pair.ask("b", asked("small", [1, 2, 3]))
+    ((_, plan),) = pair.held
+    assert isinstance(plan, StepPlan)
+    pair.ask("b", asked(), PullSource("a", EPOCH, "a", 10))
+    assert {type(order): order.after for _, order in pair.moving}[Take] == plan.step + 1
+    pair.let_go()
+    pair.move()
+    pair.check(cached=40)
+
+
+def test_others_wait_for_the_same_pull() -> None:
+    """They would else compute what comes, and be done before the one that waits."""
+    pair = Pair()
+    pair.pull()
+    longer, shorter, salted = asked("longer", [*PROMPT, 7, 8]), asked("shorter", PROMPT[:21]), asked("salted")
+    salted.cache_salt = "x"
+    for request in (longer, shorter, salted):
+        pair.ask("b", request)
+    assert {delta.request for delta in pair.deltas} == {"salted"}
+    pair.move()
+    for request, cached in ((asked(), 40), (longer, 40), (shorter, 20), (salted, 0)):
+        pair.check(cached, request)
+    assert pair.outcomes() == Counter(done=1)
+
+
+def test_what_waits_for_a_pull_is_counted_once() -> None:
+    pair = Pair()
+    batcher = pair.engines["b"].batcher
+    assert batcher is not None
+    idle = batcher.credit().tokens
+    pair.pull()
+    assert idle - batcher.credit().tokens == 44, "the blocks of 42 tokens"
+    assert batcher.stats().backlog == 2
+    pair.move()
+    pair.check(cached=40)
 
 
 @pytest.mark.parametrize("when", ["asked", "coming"])
@@ -363,6 +413,7 @@ def test_only_so_many_at_a_time() -> None:
 def test_worth() -> None:
     worth = Worth()
     assert worth.pays(100, 0.0), "nothing is known"
+    worth.tried(0.0)
     worth.computed(1000, 1.0)
     worth.computed(8, 1e9)  # a decode says nothing of prompts
     worth.moved(1000, 0.1, 0.15)
@@ -377,7 +428,7 @@ def test_worth() -> None:
 
 def test_messages_for_nobody_are_no_harm() -> None:
     pair = Pair()
-    pull = Pull(pull="x", epoch=3, engine="z", reply_to="z", tokens=b"", salt="", first_block=0, layout=[], stores=[], group="g")
+    pull = Pull(pull="x", epoch=3, peer="z.1", reply_to="z", tokens=b"", salt="", first_block=0, layout=[], stores=[])
     for message in (pull, Pulled("x", 3), Moved(epoch=EPOCH, rank=0, pull="x", seconds=0.0)):
         pair.send("a", message)
     pair.check_empty()

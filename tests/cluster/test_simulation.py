@@ -148,36 +148,48 @@ def pulls(simulation: Simulation) -> Counter[str]:
     return sum((engine.metrics.pulls.ended for engine in simulation.engines.values()), Counter())
 
 
+class Busy(Simulation):
+    """Workers have several plans to run when KV comes or goes."""
+
+    plan_times = (0.001, 0.02, 0.3)
+
+
 @pytest.mark.parametrize("pp", [1, 2])
 def test_kv_pulled_from_other_engines_is_right_whatever_dies(pp: int) -> None:
-    """Many requests with the same beginning, at engines of few places each: the second engine pulls it from the first."""
+    """Many requests with the same beginnings, at engines of few places each: one engine pulls them from another."""
     seen: Counter[str] = Counter()
 
-    @examples(70)
-    @given(st.integers(0, 2**32), st.integers(12, 30), st.lists(st.tuples(st.sampled_from(FAULTS), st.floats(0.5, 4)), max_size=2))
-    def run(seed: int, num_blocks: int, faults: list[tuple[str, float]]) -> None:
+    @examples(60)
+    @given(
+        st.integers(0, 2**32),
+        st.integers(14, 34),
+        st.lists(st.tuples(st.sampled_from(FAULTS), st.floats(0.5, 8)), max_size=2),
+        st.sampled_from([Simulation, Busy]),
+    )
+    def run(seed: int, num_blocks: int, faults: list[tuple[str, float]], kind: type[Simulation]) -> None:
         chance = random.Random(seed)
         batch = BatchConfig(
             num_blocks=num_blocks,
             block_size=4,
             max_model_len=80,
-            max_num_seqs=2,
+            max_num_seqs=4,
             max_num_batched_tokens=16,
             pp=pp,
+            plans_in_flight=chance.choice([None, pp + 1]),
             host_blocks=chance.choice([0, 30]),
         )
         length = min(40, batch.max_sequence_tokens - 8)
-        common = chance.choices(range(997), k=length)
+        stems = [chance.choices(range(997), k=length) for _ in range(3)]
         asked = []
-        for i in range(16):
-            known = chance.choice([0, length // 2, length])  # prompts of nothing known push the others out
-            prompt = [*common[:known], *chance.choices(range(997), k=length - known), i]
+        for i in range(20):
+            known = chance.choice([0, length // 2 + chance.randrange(4), length])  # what nobody knows pushes the others out
+            prompt = [*chance.choice(stems)[:known], *chance.choices(range(997), k=length - known), i]
             params = SamplingParams(seed=i, max_tokens=chance.randrange(1, 7), n=chance.choice([1, 1, 2]))
-            at = chance.uniform(2, 6)
+            at = chance.uniform(2, 10)
             asked.append(Client(prompt, params, at, cancel_at=chance.choice([None, None, None, at + 0.3])))
-        simulation = Simulation(seed, asked, batch, num_engines=3)
-        for kind, time in faults:
-            simulation.fault(kind, 2.0 + time, f"engine{chance.randrange(3)}")
+        simulation = kind(seed, asked, batch, num_engines=3)
+        for fault, time in faults:
+            simulation.fault(fault, 2.0 + time, f"engine{chance.randrange(3)}")
         check(simulation)
         seen.update(pulls(simulation))
 

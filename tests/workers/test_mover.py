@@ -1,7 +1,9 @@
 """KV blocks from the pool of one rank to that of another, and what becomes of transfers that go wrong."""
 
 import queue
+import socket
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -31,12 +33,12 @@ class Rank:
         return self.said.get(timeout=30)
 
 
-def give(pull: str, taker: Rank, group: str = "g", blocks: list[int] = BLOCKS, within_s: float = 20.0) -> Give:
-    return Give(epoch=5, pull=pull, peer="b", group=group, store=taker.mover.store, blocks=blocks, within_s=within_s)
+def give(pull: str, taker: Rank, peer: str = "b.5", after: int = -1, within_s: float = 20.0) -> Give:
+    return Give(epoch=5, pull=pull, peer=peer, store=taker.mover.store, blocks=BLOCKS, after=after, within_s=within_s)
 
 
-def take(pull: str, taker: Rank, group: str = "g", blocks: list[int] = THERE, within_s: float = 20.0) -> Take:
-    return Take(epoch=5, pull=pull, peer="a", group=group, store=taker.mover.store, blocks=blocks, within_s=within_s)
+def take(pull: str, taker: Rank, peer: str = "a.5", after: int = -1, within_s: float = 20.0) -> Take:
+    return Take(epoch=5, pull=pull, peer=peer, store=taker.mover.store, blocks=THERE, after=after, within_s=within_s)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -61,29 +63,80 @@ def test_both_directions_and_several_peers_at_once() -> None:
     ranks = [Rank(number) for number in range(3)]
     for number, rank in enumerate(ranks):
         target = ranks[(number + 1) % 3]
-        rank.mover.put(give(f"p{number}", target, f"g{number}"))
-        target.mover.put(take(f"p{number}", target, f"g{number}"))
+        rank.mover.put(give(f"p{number}", target))
+        target.mover.put(take(f"p{number}", target))
     assert all(not rank.moved().error for rank in ranks for _ in range(2))
 
 
 def test_nobody_comes() -> None:
     source, target = Rank(0), Rank(1)
     source.mover.put(give("p", target, within_s=0.5))
-    assert source.moved().error
-    target.mover.put(take("p", target, "other", within_s=0.5))
+    target.mover.put(take("q", target, within_s=0.5))
+    assert "Timeout" in source.moved().error
+    assert "Timeout" in target.moved().error
+
+
+def test_a_store_that_answers_nobody() -> None:
+    """As that of a frozen process: torch would wait for ever."""
+    source = Rank(0)
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        order = give("p", source, within_s=0.5)
+        order.store = f"127.0.0.1:{frozen.getsockname()[1]}"
+        source.mover.put(order)
+        assert "Timeout" in source.moved().error
+
+
+@pytest.mark.parametrize("side", ["giver", "taker"])
+def test_nothing_is_moved_before_the_plans_have_run(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = Rank(0), Rank(1)
+    touched: list[str] = []
+    for rank, name, method in ((source, "giver", "gather"), (target, "taker", "scatter")):
+        original = getattr(rank.pool, method)
+
+        def noted(*args: Any, name: str = name, original: Any = original) -> Any:
+            touched.append(name)
+            return original(*args)
+
+        monkeypatch.setattr(rank.pool, method, noted)
+    after = {"giver": -1, "taker": -1, side: 3}
+    source.mover.put(give("p", target, after=after["giver"]))
+    target.mover.put(take("p", target, after=after["taker"]))
+    late = source if side == "giver" else target
+    for step in range(3):
+        late.mover.executed(step)
+    with pytest.raises(queue.Empty):
+        late.said.get(timeout=0.3)
+    assert side not in touched
+    late.mover.executed(3)
+    assert not source.moved().error
+    assert not target.moved().error
+    assert touched == ["giver", "taker"]
+
+
+def test_a_plan_that_never_runs_fails_it() -> None:
+    source, target = Rank(0), Rank(1)
+    source.mover.put(give("p", target, after=1, within_s=0.5))
+    target.mover.put(take("p", target, within_s=0.5))
+    assert "step 1 was not run" in source.moved().error
     assert target.moved().error
 
 
-def test_after_a_failure_another_group_works() -> None:
+def test_after_a_failure_they_meet_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = Rank(0), Rank(1)
-    source.mover.put(give("p", target, blocks=BLOCKS[:2]))  # they do not agree on how many
-    target.mover.put(take("p", target))
-    assert any(rank.moved().error for rank in (source, target))
-    source.mover.put(give("q", target, "h"))
-    target.mover.put(take("q", target, "h"))
-    while (said := target.moved()).pull != "q":
-        pass
-    assert not said.error
+    source.mover.put(give("first", target))
+    target.mover.put(take("first", target))
+    assert not source.moved().error
+    assert not target.moved().error
+    with monkeypatch.context() as broken:
+        broken.setattr(target.pool, "room", lambda count: 1 / 0)
+        source.mover.put(give("p", target))
+        target.mover.put(take("p", target))
+        assert "ZeroDivision" in target.moved().error
+        source.moved()  # it may have sent all
+    source.mover.put(give("q", target))
+    target.mover.put(take("q", target))
+    assert not source.moved().error
+    assert not target.moved().error
     assert torch.equal(target.pool.keys[:, THERE], source.pool.keys[:, BLOCKS])
 
 
@@ -111,8 +164,8 @@ def test_idle_threads_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(movers, "_IDLE_S", 0.05)
     source, target = Rank(0), Rank(1)
     for pull in ("p", "q"):
-        source.mover.put(give(pull, target, pull))
-        target.mover.put(take(pull, target, pull))
+        source.mover.put(give(pull, target))
+        target.mover.put(take(pull, target))
         assert not source.moved().error
         assert not target.moved().error
         for rank in (source, target):
