@@ -255,7 +255,7 @@ class Batcher:
         draws = last and sequence.params.max_tokens > 0
         scores = sequence.scoring.take(end)
         plan.chunks.append(Chunk(sequence.seq, sequence.num_computed, count, blocks, tokens, sample=draws, scores=scores))
-        if sequence.num_computed < len(sequence.request.prompt):
+        if sequence.num_computed < len(sequence.request.prompt) or count > 1:  # what is computed again may be others' beginning too
             self.kv.record(sequence.seq, sequence.key, end)
         sequence.num_computed = end
         self._launch(sequence, chosen)

@@ -201,6 +201,11 @@ class Config:
         return batch_settings(self, num_blocks=2, max_model_len=1).keeps_prefixes
 
     @property
+    def max_beams(self) -> int:
+        """The widest beam search that an engine can run; 0 where its sequences can't share KV."""
+        return self.max_num_seqs if self.batching == "continuous" and self.reservation == "paged" else 0
+
+    @property
     def pulls(self) -> bool:
         """Whether engines take KV from each other."""
         return self.kv_pull == "on" and self.by_prefix

@@ -169,7 +169,8 @@ class GlobalScheduler:
                 self._withdraw(message.request, message.attempt)
             case RouterHello():
                 self._hello(message, now)
-                return
+                if not message.leaving:
+                    return
             case EngineReport():
                 self._engine_report(message, now)
             case CacheChanges():

@@ -79,6 +79,7 @@ class Router:
             eos_token_ids=self._files.eos_token_ids,
             timeout_s=config.request_timeout_s,
             root=config.model,
+            max_beams=config.max_beams,
             apart_by_key=config.prefix_sharing == "api_key",
         )
         self._inference = InferenceService(self._dispatcher, self._tokenizer, model, self._metrics)

@@ -64,9 +64,7 @@ def as_api_error(error: Exception, size_param: str = "prompt") -> ApiError:
             return ApiError(429, str(error), kind="rate_limit_error", code="rate_limit_exceeded", headers=headers)
         case TooLarge():
             return bad_request(
-                size_param,
-                str(error) or "The request is larger than any engine's KV pool.",
-                "invalid_value" if size_param in ("n", "best_of") else "context_length_exceeded",
+                size_param, str(error) or "The request is larger than any engine's KV pool.", "context_length_exceeded"
             )
         case TimedOut():
             return ApiError(504, str(error) or "The request timed out.", kind="server_error", code="timeout")

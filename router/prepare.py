@@ -58,6 +58,8 @@ class ServedModel:
     """How long a request may take."""
     root: str = ""
     """What the model was loaded from, as /v1/models tells it."""
+    max_beams: int = 64
+    """The widest beam search that an engine can run; 0: none at all."""
     apart_by_key: bool = False
     """Cached prefixes are shared only among requests of one API key."""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -167,12 +169,10 @@ class Preparer:
     ) -> Job:
         self._check_tokens(request.stop_token_ids, "stop_token_ids")
         self._check_tokens(request.logit_bias, "logit_bias")
-        _check_beams(request)
+        _check_beams(request, self._model.max_beams)
         _check_told(request, prompts)
         size_param, asked = request.output_size
         blamed = size_param if asked else prompt_param
-        if request.use_beam_search:  # lengths were checked: what an engine may still find too large is the width
-            blamed = "n" if request.best_of is None else "best_of"
         generations = [
             Generation(
                 id=f"{request_id}-{number}",
@@ -270,7 +270,7 @@ def _ranks(request: GenerationRequest) -> bool:
     return request.choices > 1 and request.best_of is not None and not request.use_beam_search
 
 
-def _check_beams(request: GenerationRequest) -> None:
+def _check_beams(request: GenerationRequest, most: int) -> None:
     """A search takes the model's own log-probabilities as they are, draws nothing, and ends outputs by tokens alone."""
     beams, fields = request.use_beam_search, type(request).model_fields
     for param in _NOT_WITH_BEAMS if beams else _BEAMS_ONLY:
@@ -278,6 +278,11 @@ def _check_beams(request: GenerationRequest) -> None:
             raise bad_request(param, f"'{param}' is {'not available' if beams else 'only allowed'} when 'use_beam_search' is true.")
     if beams and request.temperature not in (0.0, 1.0):
         raise bad_request("temperature", "'temperature' must be 0 or 1 when 'use_beam_search' is true: a search draws nothing.")
+    if beams and most == 0:
+        raise bad_request("use_beam_search", "'use_beam_search' needs engines with batching 'continuous' and reservation 'paged'.")
+    if beams and request.choices > most:
+        param = "n" if request.best_of is None else "best_of"
+        raise bad_request(param, f"'{param}' is {request.choices}, but at most {most} beams can be searched at once here.")
     param, size = request.output_size
     if beams and size == 0:
         raise bad_request(param, f"'{param}' must be at least 1 when 'use_beam_search' is true.")

@@ -1,5 +1,6 @@
 """use_beam_search: what is asked of the engines, what comes back, and what does not go with it."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from cluster.protocol import Deltas, Place, Placement, Rejected, Released, SamplingParams, Submit, TokenDelta
 from router.client import Client, RaylineError
-from router.generation import ChoiceDelta, Generation, TooLarge
+from router.generation import ChoiceDelta, Generation
 from router.journal import Journal, JournalConfig
 from router.prepare import ServedModel
 from router.tokenizer import Tokenizer
@@ -86,11 +87,15 @@ def test_what_does_not_go_with_it(tokenizer: Tokenizer, served: ServedModel, pat
     assert api.generator.generations == []
 
 
-def test_a_width_that_no_engine_has_is_blamed(tokenizer: Tokenizer, served: ServedModel) -> None:
-    api = Api(tokenizer, served, lambda _: [TooLarge("the beam width (9) exceeds the 8 sequences that run at once here")])
-    beams = {"prompt": "x", "use_beam_search": True}
-    assert api.error("/v1/completions", **beams, best_of=9, max_tokens=2) == (400, "best_of", "invalid_value")
+def test_a_width_that_no_engine_has_is_refused_at_once(tokenizer: Tokenizer, served: ServedModel) -> None:
+    """It would else hold up the queue until an engine had so many places, and be refused then."""
+    api = Api(tokenizer, dataclasses.replace(served, max_beams=8))
+    beams = {"prompt": "x", "use_beam_search": True, "max_tokens": 2}
+    assert api.error("/v1/completions", **beams, best_of=9) == (400, "best_of", "invalid_value")
     assert api.error("/v1/completions", **beams, n=9) == (400, "n", "invalid_value")
+    none = Api(tokenizer, dataclasses.replace(served, max_beams=0))
+    assert none.error("/v1/completions", **beams) == (400, "use_beam_search", "invalid_value")
+    assert api.generator.generations == none.generator.generations == []
 
 
 def test_over_grpc(tokenizer: Tokenizer, served: ServedModel) -> None:

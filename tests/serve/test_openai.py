@@ -149,7 +149,7 @@ def test_beam_search_finds_what_is_likeliest(server: Server) -> None:
     assert texts == [choice.text for choice in found.choices]
     status, body = server.post("/v1/completions", model="demo", prompt=PROMPT, use_beam_search=True, best_of=128, max_tokens=2)
     assert (status, body["error"]["param"]) == (400, "best_of")
-    assert "beam width" in body["error"]["message"]
+    assert body["error"]["message"] == "'best_of' is 128, but at most 64 beams can be searched at once here."
 
 
 def test_what_ends_an_output(server: Server) -> None:
