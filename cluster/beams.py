@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from cluster.protocol import FinishReason, Request, SamplingParams, TokenDelta, TokenLogprobs
 from cluster.request import Scoring, Sequence
+from kv.names import TOKEN_BYTES
 
 MAX_LENGTH_PENALTY = 10
 """Far beyond what changes anything, and what length ** length_penalty can be computed with."""
@@ -182,7 +183,8 @@ class BeamGroup:
 
     def _forked(self, parent: Beam, token: int) -> Beam:
         emitted = [*parent.emitted[:-1], token]
-        fork = Beam(self._number(), self.request, 0, emitted, parent.received_at, parent.scoring, group=self)
+        known = parent.key[:-TOKEN_BYTES]
+        fork = Beam(self._number(), self.request, 0, emitted, parent.received_at, parent.scoring, _key=known, group=self)
         fork.parent = parent
         return fork
 
