@@ -6,6 +6,8 @@ from kv.names import BlockNames
 from kv.radix import RadixTree
 
 _EVERY_S = 0.02
+_PIECE_BYTES = 8 * 4096
+"""Of names: a few milliseconds of the scheduler's time."""
 
 
 class CacheNews:
@@ -25,10 +27,18 @@ class CacheNews:
             return None
         return self._message(self.log.take(), now, whole=False)
 
-    def whole(self, tree: RadixTree, now: float) -> CacheChanges:
-        """All that the tree has, whatever was told before."""
+    def whole(self, tree: RadixTree, now: float) -> list[CacheChanges]:
+        """All that the tree has, whatever was told before: in pieces, so that the scheduler can do other things in between."""
         self.log.take()
-        return self._message([(True, bytes(node.names)) for node in tree.nodes()], now, whole=True)
+        pieces: list[list[tuple[bool, bytes]]] = [[]]
+        size = 0
+        for node in tree.nodes():
+            if size > _PIECE_BYTES:
+                pieces.append([])
+                size = 0
+            pieces[-1].append((True, bytes(node.names)))
+            size += len(node.names)
+        return [self._message(piece, now, whole=number == 0) for number, piece in enumerate(pieces)]
 
     def _message(self, changes: list[tuple[bool, bytes]], now: float, whole: bool) -> CacheChanges:
         number, self.sent, self._sent_at = self.sent, self.sent + 1, now

@@ -354,7 +354,8 @@ class Engine:
     def _tell_whole(self, now: float) -> None:
         tree, news = self.batcher.kv.tree if self.batcher is not None else None, self._epoch.news
         if tree is not None and news is not None:
-            self._send(self._scheduler, news.whole(tree, now))
+            for piece in news.whole(tree, now):
+                self._send(self._scheduler, piece)
 
     def _send(self, address: str, message: RouterMessage | SchedulerMessage | WorkerMessage | EngineMessage) -> None:
         self._actions.append(Send(address, message))

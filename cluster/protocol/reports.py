@@ -72,7 +72,7 @@ class CacheChanges(Wire, tag=True, kw_only=True):
     changes: list[tuple[bool, bytes]]
     """(added or removed, names of blocks, joined), in order."""
     whole: bool = False
-    """These are all blocks there are, whatever was said before."""
+    """Nothing counts that was said before: there are these blocks, and those that the next messages tell."""
 
 
 class CacheResync(Wire, tag=True):

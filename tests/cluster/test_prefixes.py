@@ -2,15 +2,20 @@
 
 import dataclasses
 
-from cluster import structs
+import pytest
+
+from cluster import cache_news, structs
 from cluster.actions import Send
+from cluster.cache_news import CacheNews
 from cluster.engine import Engine
 from cluster.epoch import EngineConfig
 from cluster.prefixes import Prefixes
 from cluster.protocol import CacheChanges, CacheResync, EngineStats, Place, Placement, Submit
 from cluster.scheduler import GlobalScheduler, SchedulerConfig
+from kv.blocks import BlockPool
 from kv.index import unpack
 from kv.names import BlockNames, pack
+from kv.radix import NO_MATCH, RadixTree
 from tests.cluster.messages import BATCH, place, ready, report, request, result
 
 SIZE = BATCH.block_size
@@ -131,6 +136,27 @@ def test_an_engine_tells_what_it_has_and_tells_it_again() -> None:
     (again,) = [a.message for a in engine.take_actions() if isinstance(a, Send) and isinstance(a.message, CacheChanges)]
     assert (again.whole, again.number) == (True, len(said))
     assert again.changes == [(True, NAMES.of_prompt(PROMPT))]
+
+
+def test_a_large_tree_is_told_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_news, "_PIECE_BYTES", 0)
+    pool = BlockPool(40)
+    news = CacheNews("e", 1, NAMES)
+    tree = RadixTree(pool, SIZE, news.log)
+    prompts = [[number] * 3 * SIZE for number in range(4)]
+    for prompt in prompts:
+        blocks = pool.allocate(3)
+        assert blocks is not None
+        tree.release(tree.lock(NO_MATCH), pack(prompt), blocks)
+        pool.release(blocks)
+    prefixes = Prefixes(1000)
+    prefixes.follow("e", 1, 0, 0.0)
+    prefixes.take(told("e", PROMPT), 0.0)
+    news.sent = 1
+    pieces = news.whole(tree, 0.0)
+    assert [(piece.number, piece.whole) for piece in pieces] == [(1, True), (2, False), (3, False), (4, False)]
+    assert all(prefixes.take(piece, 0.0) for piece in pieces)
+    assert [prefixes.overlap(unpack(NAMES.of_prompt(prompt))) for prompt in [*prompts, PROMPT]] == [{"e": 3}] * 4 + [{}]
 
 
 def test_names_are_those_of_whole_blocks() -> None:
