@@ -351,10 +351,10 @@ class Simulation:
 
         def read() -> None:
             content.extend(self._stage(giver).read(give.blocks))
-            self._moved(giver, give, "broken" if fate < 0.1 else "")
+            self._moved(giver, give, "broken" if fate < 0.15 else "")
 
         def write() -> None:
-            whole = len(content) == len(take.blocks) and fate > 0.2
+            whole = len(content) == len(take.blocks) and fate > 0.35
             count = len(content) if whole else len(content) // 2
             self._stage(taker).write(take.blocks[:count], content[:count])
             self._moved(taker, take, "" if whole else "broken")
