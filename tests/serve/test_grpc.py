@@ -1,6 +1,7 @@
 """gRPC through Serve's proxy: the same model, the same tokens, as over HTTP."""
 
 import asyncio
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -173,7 +174,10 @@ def test_a_bad_field_is_also_told_to_programs(client: Client) -> None:
 
 
 def test_nothing_of_this_is_a_failure_of_the_server(server: Server, log_start: int) -> None:
-    """Neither what was refused nor what was called off."""
-    said = server.log.read_text()[log_start:]
-    assert "Traceback" not in said
+    """Neither what was refused nor what was called off. Serve's proxy itself may tell of a stream that was dropped, when the
+    garbage collector comes upon it."""
+    lines = [re.sub(r"^\S*\(ProxyActor pid=\d+\)\S*", "", line).strip() for line in server.log.read_text()[log_start:].splitlines()]
+    said = "\n".join(lines)
+    dropped = r"Traceback \(most recent call last\):\n[^\n]*/ray/serve/_private/proxy\.py[^\n]*\nyield result\nGeneratorExit"
+    assert "Traceback" not in re.sub(dropped, "", said)
     assert "never retrieved" not in said
