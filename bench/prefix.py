@@ -194,7 +194,7 @@ def _twin(llm: LLM) -> ModelRunner:
     runner, keys = llm.runner, llm.runner.pool.keys
     layers, blocks, size, heads, head_dim = keys.shape
     pool = KVPool(layers, blocks, size, heads, head_dim, keys.dtype, keys.device)
-    return ModelRunner(runner.decoder, pool, llm.config.attention, runner.max_model_len)
+    return ModelRunner(runner.decoder, pool, runner.max_model_len)
 
 
 def choices(model: str, report: Report) -> None:

@@ -18,6 +18,7 @@ Batching = Literal["continuous", "static", "static-skip"]
 Reservation = Literal["paged", "max_tokens", "contiguous"]
 PrefixCache = Literal["on", "off"]
 PrefixSharing = Literal["all", "api_key"]
+Kernels = Literal["auto", "native", "torch", "reference"]
 PlacementPolicy = Literal["prefix", "least_loaded", "round_robin"]
 
 _EDGE = frozenset(
@@ -151,7 +152,9 @@ class Config:
     load_timeout_s: float = 600.0
     timeline: str | None = None
     """File to which each engine appends when its stages computed which plan, on its node; python -m bench.timeline draws it."""
-    attention: Literal["torch", "reference"] = "torch"
+    kernels: Kernels = "auto"
+    """What computes on a CPU: native (C++ kernels, built at the first start, for float32 and bfloat16), torch, or reference (torch
+    with the attention that the others are tested against). Default: native where it can be, else torch."""
 
     def __post_init__(self) -> None:
         if not self.model:

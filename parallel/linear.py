@@ -3,12 +3,14 @@
 Divided as in Megatron-LM (Shoeybi et al. 2019): of two linears in a row the first is cut by output features (a Linear of fewer
 rows, nothing is exchanged), the second by input features (RowParallel: one sum over the ranks).
 
-On a CPU the weight is packed once into oneDNN's blocked layout and the plain copy is dropped. Packed fp32 with a hint of 16 rows or
-more gives a row the same bits whatever the number of rows beside it (checked for 1..512 rows); plain fp32 `F.linear` does not.
+Where a CPU has no kernels of our own (workers/native), the weight is packed once into oneDNN's blocked layout and the plain copy is
+dropped. Packed fp32 with a hint of 16 rows or more gives a row the same bits whatever the number of rows beside it (checked for
+1..512 rows); plain fp32 `F.linear` does not.
 Milliseconds of 1024 -> 6144 in fp32, packed against plain, on a 2-core Zen 3 with AVX2: 0.8 / 1.5 at 1 row, 7.3 / 12.2 at 64 rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +23,22 @@ _PACK_ROWS = 64
 single row has other bits."""
 
 
+class Multiply(Protocol):
+    """A linear layer, with its weight in whatever form."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, in_features] -> [n, out_features], contiguous."""
+
+
+MakeLinear = Callable[[Tensor, Tensor | None], Multiply]
+"""Of weight [out_features, in_features] and bias [out_features] or None."""
+
+
 class Linear:
-    """y = x Wᵀ + b with the weight in the form that its device multiplies best."""
+    """y = x Wᵀ + b with the weight in the form that torch multiplies best on its device."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight [out_features, in_features] in the dtype to compute in, bias [out_features] or None.
@@ -53,20 +69,27 @@ class Linear:
 class RowParallel:
     """A linear whose input features are divided among the ranks of a group: y = sum over ranks of x_rank W_rankᵀ, + b."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, group: Group) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, group: Group, make: MakeLinear = Linear) -> None:
         """weight [out_features, this rank's in_features], bias [out_features], the same on each rank."""
-        self._group = group
+        self.group = group
         self._bias = bias if group.size > 1 else None  # after the sum, else each rank would add it
-        self._linear = Linear(weight, bias if group.size == 1 else None)
+        self.own = make(weight, bias if group.size == 1 else None)
+        """This rank's part."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[n, this rank's in_features] -> [n, out_features], the same on each rank."""
-        y = self._group.all_reduce(self._linear(x))
+        return self.total(self.own(x))
+
+    def total(self, part: Tensor) -> Tensor:
+        """y [n, out_features] of what `own` gives on each rank, which may be overwritten."""
+        y = self.group.all_reduce(part)
         return y if self._bias is None else y + self._bias
 
 
-def fused(parts: Sequence[Tensor], biases: Sequence[Tensor] | None, dtype: torch.dtype, device: torch.device) -> Linear:
-    """One Linear whose output is that of the parts side by side (QKV, gate and up), converted while they are put together.
+def fused(
+    parts: Sequence[Tensor], biases: Sequence[Tensor] | None, dtype: torch.dtype, device: torch.device, make: MakeLinear = Linear
+) -> Multiply:
+    """One linear whose output is that of the parts side by side (QKV, gate and up), converted while they are put together.
 
     parts: [out_features_i, in_features] each, of any dtype, on any device; biases: [out_features_i] each.
     """
@@ -75,7 +98,7 @@ def fused(parts: Sequence[Tensor], biases: Sequence[Tensor] | None, dtype: torch
     for piece, part in zip(torch.split(weight, sizes), parts, strict=True):
         piece.copy_(part)
     bias = torch.cat([b.to(device, dtype) for b in biases]) if biases else None
-    return Linear(weight, bias)
+    return make(weight, bias)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.groups import SOLO_GROUP, Group
-from parallel.linear import Linear
+from parallel.linear import Linear, Multiply
 
 
 class Embedding:
@@ -30,14 +30,9 @@ class Embedding:
 class LogitsHead:
     """The last linear. Its output is fp32 in every dtype: two logits that differ must not meet by rounding to bf16."""
 
-    def __init__(self, weight: Tensor, vocab: Sequence[range], dtype: torch.dtype, group: Group = SOLO_GROUP) -> None:
-        """weight [this rank's rows, hidden]; vocab: the rows of each rank; dtype: that of the hidden states.
-
-        On a CPU the weight is kept in fp32; on CUDA in `dtype`, with fp32 accumulation and output.
-        """
-        self._on_cpu = weight.device.type == "cpu"
-        self._linear = Linear(weight.float()) if self._on_cpu else None
-        self._weight = None if self._on_cpu else weight.to(dtype)
+    def __init__(self, own: Multiply, vocab: Sequence[range], group: Group = SOLO_GROUP) -> None:
+        """own: [n, hidden] -> [n, this rank's rows] fp32; vocab: the rows of each rank."""
+        self._own = own
         self._sizes = [len(rows) for rows in vocab]
         self._group = group
 
@@ -49,11 +44,22 @@ class LogitsHead:
         gathered = self._group.all_gather(F.pad(logits, (0, max(self._sizes) - logits.shape[1])))
         return torch.cat([part[:, :size] for part, size in zip(gathered, self._sizes, strict=True)], dim=1)
 
-    def _own(self, hidden: Tensor) -> Tensor:
-        """[n, this rank's rows]"""
+
+class WideLinear:
+    """y = x Wᵀ in fp32 whatever W is in: on a CPU the weight is kept in fp32; on CUDA in its dtype, with fp32 accumulation."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """weight [out_features, in_features]"""
+        self.out_features, self.in_features = weight.shape
+        on_cpu = weight.device.type == "cpu"
+        self._linear = Linear(weight.float()) if on_cpu else None
+        self._weight = None if on_cpu else weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, in_features] -> [n, out_features] fp32"""
         if self._linear is not None:
-            return self._linear(hidden.float())
+            return self._linear(x.float())
         assert self._weight is not None
-        if hidden.dtype == torch.float32:
-            return F.linear(hidden, self._weight)
-        return torch.mm(hidden, self._weight.t(), out_dtype=torch.float32)
+        if x.dtype == torch.float32:
+            return F.linear(x, self._weight)
+        return torch.mm(x, self._weight.t(), out_dtype=torch.float32)

@@ -7,10 +7,12 @@
     logits = lm_head · rms_norm(h)
 
 Everything but attention runs over the flat [num_tokens, hidden] batch and knows nothing of sequences (ORCA's selective batching).
-A Decoder holds a rank's part of the model: some layers, and of each some heads and inner features.
+A Decoder holds a rank's part of the model: some layers, and of each some heads and inner features. TorchLayers below is what is
+computed; workers/native does the same on CPUs in C++.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +20,14 @@ from torch import Tensor
 
 from cluster.shape import ModelShape
 from kv.pool import KVPool
-from parallel.linear import Linear, RowParallel
+from parallel.linear import Multiply, RowParallel
 from parallel.partition import Partition
 from parallel.vocabulary import Embedding, LogitsHead
 from workers.attention import AttentionStep
 from workers.rope import Rope, rotate
+
+if TYPE_CHECKING:
+    from workers.kernels import Kernels
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,13 @@ class DecoderLayer:
     """Weights of one layer; [out, in] inside the linears, norms [hidden]."""
 
     input_norm: Tensor
-    qkv: Linear
+    qkv: Multiply
     qk_norm: Tensor | None
     """[num_heads + num_kv_heads, head_dim]: the query norm's weight for every query head, then the key norm's for every key
     head. Of this rank's heads."""
     output: RowParallel
     mlp_norm: Tensor
-    gate_up: Linear
+    gate_up: Multiply
     down: RowParallel
 
 
@@ -53,6 +58,17 @@ class TokenBatch:
     attention: AttentionStep
 
 
+class LayerStack(Protocol):
+    """A rank's layers, however they are computed."""
+
+    layers: tuple[DecoderLayer, ...]
+    hidden_dtype: torch.dtype
+    """Of hidden states between layers and stages."""
+
+    def run(self, batch: TokenBatch, pool: KVPool, hidden: Tensor) -> Tensor:
+        """hidden [num_tokens, hidden], which may be overwritten, through all layers; writes their keys and values to the pool."""
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A decoder-only model, or a rank's part of it."""
@@ -60,12 +76,13 @@ class Decoder:
     shape: ModelShape
     """Of the whole model."""
     part: Partition
+    kernels: "Kernels"
+    """What it is computed by."""
     dtype: torch.dtype
-    """That of activations and of the KV pool."""
+    """That of weights and of the KV pool."""
     embedding: Embedding | None
     """In the first stage."""
-    rope: Rope
-    layers: tuple[DecoderLayer, ...]
+    stack: LayerStack
     final_norm: Tensor | None
     """In the last stage."""
     lm_head: LogitsHead | None
@@ -80,6 +97,27 @@ class Decoder:
         if hidden is None:
             assert self.embedding is not None
             hidden = self.embedding(batch.ids)
+        return self.stack.run(batch, pool, hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] rows of `forward` -> [n, vocab] fp32. In the last stage only, there by all ranks."""
+        assert self.lm_head is not None
+        assert self.final_norm is not None
+        return self.lm_head(rms_norm(hidden, self.final_norm, self.shape.rms_norm_eps))
+
+
+@dataclass
+class TorchLayers:
+    """The layers by torch's operators, on any device."""
+
+    shape: ModelShape
+    part: Partition
+    rope: Rope
+    layers: tuple[DecoderLayer, ...]
+    hidden_dtype: torch.dtype
+
+    def run(self, batch: TokenBatch, pool: KVPool, hidden: Tensor) -> Tensor:
+        """See LayerStack."""
         angles = self.rope.at(batch.positions)
         for number, layer in enumerate(self.layers):
             normed = rms_norm(hidden, layer.input_norm, self.shape.rms_norm_eps)
@@ -88,12 +126,6 @@ class Decoder:
             gate, up = layer.gate_up(normed).chunk(2, dim=-1)
             hidden = hidden + layer.down(F.silu(gate) * up)
         return hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] rows of `forward` -> [n, vocab] fp32. In the last stage only, there by all ranks."""
-        assert self.lm_head is not None
-        assert self.final_norm is not None
-        return self.lm_head(rms_norm(hidden, self.final_norm, self.shape.rms_norm_eps))
 
     def _attention(
         self, number: int, layer: DecoderLayer, normed: Tensor, angles: tuple[Tensor, Tensor], batch: TokenBatch, pool: KVPool

@@ -1,12 +1,12 @@
 """Where and in which precision a worker computes, and how much KV memory it takes."""
 
 import logging
+from collections.abc import Collection
 
 import torch
 
 from cluster.config import Config, ConfigError
 from cluster.shape import ModelShape
-from parallel.linear import cpu_computes_bfloat16
 from parallel.partition import Partition
 
 _CPU_SHARE, _CPU_MOST = 0.30, 4 << 30
@@ -40,12 +40,16 @@ def torch_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def resolve_dtype(name: str, checkpoint: str, device: torch.device) -> torch.dtype:
-    """The dtype to compute in. "auto" is the checkpoint's own where the device multiplies it well, else the next best one."""
+def resolve_dtype(name: str, checkpoint: str, device: torch.device, on_cpu: Collection[torch.dtype]) -> torch.dtype:
+    """The dtype to compute in. "auto" is the checkpoint's own where the device multiplies it well, else the next best one.
+
+    on_cpu: dtypes that are multiplied well where the device is a CPU.
+    """
     if name != "auto":
         return torch_dtype(name)
     wanted = torch_dtype(checkpoint)
-    chosen = _best_cpu_dtype(wanted) if device.type == "cpu" else _best_cuda_dtype(wanted)
+    best_on_cpu = wanted if wanted in on_cpu else torch.float32
+    chosen = best_on_cpu if device.type == "cpu" else _best_cuda_dtype(wanted)
     if chosen != wanted:
         log.info("computing in %s: this %s has no fast %s", str(chosen)[6:], device.type, checkpoint)
     return chosen
@@ -96,12 +100,6 @@ def scratch_bytes(config: Config, shape: ModelShape, max_model_len: int, dtype: 
     context = max_model_len * (2 * shape.num_kv_heads * shape.head_dim + tokens) * dtype.itemsize
     logits = 6 * config.max_num_seqs * shape.vocab_size * 4
     return activations + context + logits
-
-
-def _best_cpu_dtype(wanted: torch.dtype) -> torch.dtype:
-    if wanted == torch.bfloat16 and cpu_computes_bfloat16():
-        return wanted
-    return torch.float32
 
 
 def _best_cuda_dtype(wanted: torch.dtype) -> torch.dtype:

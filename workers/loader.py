@@ -12,11 +12,12 @@ from tqdm import tqdm
 from cluster.model import ModelFiles
 from cluster.shape import ModelShape
 from parallel.groups import SOLO_GROUP, Group
-from parallel.linear import Linear, RowParallel, fused
+from parallel.linear import MakeLinear, Multiply, RowParallel, fused
 from parallel.partition import Partition
 from parallel.vocabulary import Embedding, LogitsHead
 from workers.checkpoint import Checkpoint
 from workers.decoder import Decoder, DecoderLayer
+from workers.kernels import Kernels
 from workers.rope import Rope
 
 _EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -29,30 +30,33 @@ def load_decoder(
     device: torch.device,
     max_model_len: int,
     *,
+    kernels: Kernels,
     peers: Group = SOLO_GROUP,
     progress: bool = False,
 ) -> Decoder:
     """Read a rank's part of the weights of `files`. Raises ConfigError naming a tensor that is missing, odd or superfluous.
 
-    peers: the ranks that share these layers. progress: show a bar on stderr.
+    kernels: what computes them, on the device. peers: the ranks that share these layers. progress: show a bar on stderr.
     """
     shape = files.shape
     with tqdm(total=len(part.layers) + 2, desc="loading weights", file=sys.stderr, disable=not progress, leave=False) as bar:
-        loader = _Loader(Checkpoint(files.path), shape, part, peers, dtype, device)
+        loader = _Loader(Checkpoint(files.path), shape, part, peers, dtype, device, kernels)
         layers = []
         for number in part.layers:
             layers.append(loader.layer(f"model.layers.{number}."))
             bar.update()
         rows = loader.embedding_rows()
-        head = LogitsHead(loader.head_rows(rows), part.vocab, dtype, peers) if part.judges else None
+        head = LogitsHead(kernels.head(loader.head_rows(rows), dtype), part.vocab, peers) if part.judges else None
         bar.update()
+        hidden_dtype = kernels.hidden_dtype(dtype)
+        rope = Rope(shape.head_dim, shape.rope_theta, shape.rope_scaling, max_model_len, device)
         decoder = Decoder(
             shape=shape,
             part=part,
+            kernels=kernels,
             dtype=dtype,
-            embedding=Embedding(rows, part.own_vocab.start, dtype, peers) if rows is not None and part.embeds else None,
-            rope=Rope(shape.head_dim, shape.rope_theta, shape.rope_scaling, max_model_len, device),
-            layers=tuple(layers),
+            embedding=Embedding(rows, part.own_vocab.start, hidden_dtype, peers) if rows is not None and part.embeds else None,
+            stack=kernels.stack(shape, part, layers, rope, dtype),
             final_norm=loader.vector(_FINAL_NORM, shape.hidden_size) if part.judges else None,
             lm_head=head,
         )
@@ -69,22 +73,26 @@ class _Loader:
     peers: Group
     dtype: torch.dtype
     device: torch.device
+    kernels: Kernels
 
     def vector(self, name: str, size: int, rows: range | None = None) -> Tensor:
         """A norm's weight or a bias of `size` elements, or some of them."""
         return self.checkpoint.take(name, size, rows=rows).to(self.device, self.dtype, copy=True)
 
-    def linear(self, prefix: str, parts: Mapping[str, tuple[int, range]], inputs: int, bias: bool) -> Linear:
+    def linear(
+        self, prefix: str, parts: Mapping[str, tuple[int, range]], inputs: int, bias: bool, make: MakeLinear | None = None
+    ) -> Multiply:
         """The linears `parts` (name -> all out_features, this rank's) of `inputs` features, side by side."""
         weights = [self.checkpoint.take(f"{prefix}{name}.weight", size, inputs, rows=own) for name, (size, own) in parts.items()]
         biases = [self.checkpoint.take(f"{prefix}{name}.bias", size, rows=own) for name, (size, own) in parts.items() if bias]
-        return fused(weights, biases or None, self.dtype, self.device)
+        return fused(weights, biases or None, self.dtype, self.device, make or self.kernels.linear)
 
     def row_parallel(self, name: str, outputs: int, inputs: int, own: range, bias: bool) -> RowParallel:
         """The linear `name` of `inputs` features, of which this rank has `own`."""
         weight = self.checkpoint.take(f"{name}.weight", outputs, inputs, columns=own)
         added = self.vector(f"{name}.bias", outputs) if bias else None
-        return RowParallel(weight.to(self.device, self.dtype, copy=True).contiguous(), added, self.peers)
+        whole = weight.to(self.device, self.dtype, copy=True).contiguous()
+        return RowParallel(whole, added, self.peers, self.kernels.linear)
 
     def layer(self, prefix: str) -> DecoderLayer:
         """Weights under `prefix` ("model.layers.0.")."""
@@ -101,7 +109,7 @@ class _Loader:
             qk_norm=self.qk_norm(attention) if shape.qk_norm else None,
             output=self.row_parallel(f"{attention}o_proj", hidden, query, heads, shape.output_bias),
             mlp_norm=self.vector(f"{prefix}post_attention_layernorm.weight", hidden),
-            gate_up=self.linear(mlp, gate_up, hidden, shape.mlp_bias),
+            gate_up=self.linear(mlp, gate_up, hidden, shape.mlp_bias, self.kernels.gate_up),
             down=self.row_parallel(f"{mlp}down_proj", hidden, inner, part.inner, shape.mlp_bias),
         )
 

@@ -29,6 +29,11 @@ class Rope:
         layers."""
         return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
 
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """cos and sin of all positions, [positions, head_dim / 2] fp32 each: what the two halves of a head have in common."""
+        half = self._cos.shape[1] // 2
+        return self._cos[:, :half].contiguous(), self._sin[:, half:].contiguous()
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [n, heads, head_dim] turned by `Rope.at`'s angles; computed in fp32, returned in x's dtype."""

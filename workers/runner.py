@@ -15,9 +15,10 @@ from kv.pool import HostBlocks, KVPool
 from parallel.handoff import Handoff
 from parallel.membership import ALONE, NO_PEERS, Membership, Peers
 from parallel.partition import partition
-from workers.attention import PagedSpans, make_attention
+from workers.attention import PagedSpans
 from workers.decoder import Decoder, TokenBatch
 from workers.device import resolve_device, resolve_dtype, resolve_max_model_len, size_pool
+from workers.kernels import choose_kernels
 from workers.loader import load_decoder
 from workers.logprobs import score_prompts
 from workers.sampler import Sampler
@@ -33,7 +34,6 @@ class ModelRunner:
         self,
         decoder: Decoder,
         pool: KVPool,
-        attention: str,
         max_model_len: int,
         *,
         peers: Peers = NO_PEERS,
@@ -53,7 +53,7 @@ class ModelRunner:
         device: of the others it is when they launched."""
         self._device = pool.keys.device
         shape, layers = decoder.shape, decoder.part.layers
-        self._attention = make_attention(attention, pool, shape.windows[layers.start : layers.stop])
+        self._attention = decoder.kernels.attention(pool, shape.windows[layers.start : layers.stop])
         self._sampler = Sampler(shape.vocab_size, self._device) if leader and decoder.part.judges else None
         self._sequences = SequenceTable(pool.block_size)
         self._handoff = handoff
@@ -188,11 +188,12 @@ def load_runner(
     shape, seat = files.shape, membership.seat
     part = partition(shape, seat, config.stage_layers)
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, shape.dtype, device)
+    kernels = choose_kernels(config, device)
+    dtype = resolve_dtype(config.dtype, shape.dtype, device, kernels.cpu_dtypes)
     max_model_len = resolve_max_model_len(config, shape)
     terms = {"dtype": str(dtype), "device": device.type, "model": str(shape), "block_size": str(config.block_size)}
     peers = membership.join(device, config.step_timeout_s, terms)
-    decoder = load_decoder(files, part, dtype, device, max_model_len, peers=peers.stage, progress=progress)
+    decoder = load_decoder(files, part, dtype, device, max_model_len, kernels=kernels, peers=peers.stage, progress=progress)
     if num_blocks is None:
         num_blocks = size_pool(config, shape, part, max_model_len, dtype, device, peers.neighbours)
     elif num_blocks < 2:
@@ -203,8 +204,8 @@ def load_runner(
         needed = num_blocks * config.block_size * part.kv_bytes_per_token(shape, dtype.itemsize)
         raise ConfigError(f"the {device.type} has no {needed} bytes for the KV pool; set kv_memory to less") from error
     host = _host_blocks(config, pool)
-    handoff = Handoff(peers.column, shape.hidden_size, dtype, device) if seat.mesh.pp > 1 else None
-    return ModelRunner(decoder, pool, config.attention, max_model_len, peers=peers, handoff=handoff, leader=seat.leader, host=host)
+    handoff = Handoff(peers.column, shape.hidden_size, decoder.stack.hidden_dtype, device) if seat.mesh.pp > 1 else None
+    return ModelRunner(decoder, pool, max_model_len, peers=peers, handoff=handoff, leader=seat.leader, host=host)
 
 
 def _host_blocks(config: Config, pool: KVPool) -> HostBlocks | None:

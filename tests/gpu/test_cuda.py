@@ -13,7 +13,7 @@ from cluster.config import Config
 from cluster.model import open_model
 from kv.pool import HostBlocks, KVPool
 from parallel.partition import partition
-from parallel.vocabulary import LogitsHead
+from parallel.vocabulary import WideLinear
 from tests.workers.driver import LENGTHS, MIXED, Driver, generate, greedy
 from tests.workers.models import KINDS, VOCAB, TinyModel, make_model, prompt
 from tests.workers.spans import make_span
@@ -42,7 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyModel]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_and_logprobs_are_those_of_transformers(models: dict[str, TinyModel], kind: str, attention: str) -> None:
     model = models[kind]
-    runner = model.runner(device="cuda", attention=attention)
+    runner = model.runner(device="cuda", kernels=attention)
     for length in (1, 7, 40):
         ids = prompt(length)
         assert generate(runner, ids, 48, greedy(), chunk=16) == model.oracle_greedy(ids, 48)
@@ -165,7 +165,7 @@ def test_blocks_are_copied_in_order() -> None:
 def test_logits_of_half_precision_are_not_rounded() -> None:
     torch.manual_seed(2)
     weight, hidden = torch.randn(1000, 64).bfloat16(), torch.randn(5, 64).bfloat16()
-    logits = LogitsHead(weight.to(GPU), [range(1000)], torch.bfloat16)(hidden.to(GPU))
+    logits = WideLinear(weight.to(GPU))(hidden.to(GPU))
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.cpu(), hidden.float() @ weight.float().T, atol=1e-4, rtol=1e-4)
 

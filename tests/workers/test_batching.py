@@ -30,10 +30,10 @@ def outputs(driver: Driver) -> list[list[int]]:
     return [driver.sequences[seq].output for seq in sorted(driver.sequences)]
 
 
-@pytest.mark.parametrize("attention", ["torch", "reference"])
+@pytest.mark.parametrize("kernels", ["native", "torch", "reference"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_together_is_each_alone(tiny_models: dict[str, TinyModel], kind: str, attention: str) -> None:
-    runner = tiny_models[kind].runner(attention=attention)
+def test_all_together_is_each_alone(tiny_models: dict[str, TinyModel], kind: str, kernels: str) -> None:
+    runner = tiny_models[kind].runner(kernels=kernels)
     expected = alone(runner, 24)
     assert len({tuple(tokens) for tokens in expected}) == len(expected)
     driver = start(runner)

@@ -108,11 +108,11 @@ def test_each_rank_holds_its_part_only(models: dict[str, TinyModel]) -> None:
     path = str(models["qwen3-tied-bias"].path)
     config = Config(path, dtype="float32", device="cpu", block_size=8, tp=2, pp=2, stage_layers=(2, 3))
     ranks = LocalRanks(open_model(path), config, num_blocks=10)
-    shapes = [(r.pool.keys.shape[0], r.pool.keys.shape[3], len(r.decoder.layers)) for r in ranks.runners]
+    shapes = [(r.pool.keys.shape[0], r.pool.keys.shape[3], len(r.decoder.stack.layers)) for r in ranks.runners]
     assert shapes == [(2, 1, 2), (2, 1, 2), (3, 1, 3), (3, 1, 3)]
     assert [r.decoder.embedding is None for r in ranks.runners] == [False, False, True, True]
     assert [r.decoder.lm_head is None for r in ranks.runners] == [True, True, False, False]
-    assert [r.decoder.layers[0].gate_up.out_features for r in ranks.runners] == [104] * 4
+    assert [r.decoder.stack.layers[0].gate_up.out_features for r in ranks.runners] == [104] * 4
     assert [r.answers for r in ranks.runners] == [False, False, True, False]
     ranks.close()
 

@@ -14,6 +14,7 @@ from parallel.partition import partition
 from tests.workers.driver import generate, greedy
 from tests.workers.models import MAX_LEN, TinyModel, make_model, prompt
 from workers.device import resolve_device, resolve_dtype, resolve_max_model_len, size_pool
+from workers.kernels import TorchKernels
 from workers.loader import load_decoder
 from workers.runner import load_runner
 
@@ -115,25 +116,24 @@ def test_broken_files_are_refused(tiny_models: dict[str, TinyModel], tmp_path: P
 
 def test_a_bar_is_shown_only_when_asked_for(tiny_models: dict[str, TinyModel], capsys: pytest.CaptureFixture[str]) -> None:
     files = open_model(str(tiny_models["llama"].path))
-    load_decoder(files, partition(files.shape), torch.float32, CPU, MAX_LEN)
+    load_decoder(files, partition(files.shape), torch.float32, CPU, MAX_LEN, kernels=TorchKernels())
     assert capsys.readouterr().err == ""
-    load_decoder(files, partition(files.shape), torch.float32, CPU, MAX_LEN, progress=True)
+    load_decoder(files, partition(files.shape), torch.float32, CPU, MAX_LEN, kernels=TorchKernels(), progress=True)
     assert "loading weights" in capsys.readouterr().err
 
 
-def test_auto_dtype_is_one_the_cpu_is_fast_in(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_dtype_is_one_the_cpu_is_fast_in(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr("workers.device.cpu_computes_bfloat16", lambda: False)
-    assert resolve_dtype("auto", "bfloat16", CPU) == torch.float32
+    wide, both = (torch.float32,), (torch.float32, torch.bfloat16)
+    assert resolve_dtype("auto", "bfloat16", CPU, wide) == torch.float32
     assert caplog.messages == ["computing in float32: this cpu has no fast bfloat16"]
-    assert resolve_dtype("bfloat16", "bfloat16", CPU) == torch.bfloat16
-    monkeypatch.setattr("workers.device.cpu_computes_bfloat16", lambda: True)
-    assert resolve_dtype("auto", "bfloat16", CPU) == torch.bfloat16
-    assert resolve_dtype("auto", "float32", CPU) == torch.float32
-    assert resolve_dtype("auto", "float16", CPU) == torch.float32
-    assert resolve_dtype("float16", "bfloat16", CPU) == torch.float16
+    assert resolve_dtype("bfloat16", "bfloat16", CPU, wide) == torch.bfloat16
+    assert resolve_dtype("auto", "bfloat16", CPU, both) == torch.bfloat16
+    assert resolve_dtype("auto", "float32", CPU, both) == torch.float32
+    assert resolve_dtype("auto", "float16", CPU, both) == torch.float32
+    assert resolve_dtype("float16", "bfloat16", CPU, both) == torch.float16
     with pytest.raises(ConfigError, match="float8"):
-        resolve_dtype("auto", "float8", CPU)
+        resolve_dtype("auto", "float8", CPU, both)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")

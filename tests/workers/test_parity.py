@@ -7,12 +7,12 @@ from tests.workers.driver import Driver, generate, greedy
 from tests.workers.models import KINDS, MAX_LEN, VOCAB, TinyModel, prompt
 
 
-@pytest.mark.parametrize("attention", ["torch", "reference"])
+@pytest.mark.parametrize("kernels", ["native", "torch", "reference"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_logprobs_are_those_of_transformers(tiny_models: dict[str, TinyModel], kind: str, attention: str) -> None:
+def test_logprobs_are_those_of_transformers(tiny_models: dict[str, TinyModel], kind: str, kernels: str) -> None:
     model = tiny_models[kind]
     ids = prompt(90)
-    driver = Driver(model.runner(attention=attention))
+    driver = Driver(model.runner(kernels=kernels))
     driver.add(0, ids, greedy(logprobs=VOCAB))
     driver.run([0], 8, chunk=31)
     sequence = driver.sequences[0]

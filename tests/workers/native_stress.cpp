@@ -1,0 +1,84 @@
+// The native kernels on buffers of just the size they may touch, for the sanitizers: a run over random small models and batches.
+#include "native.cpp"
+
+#include <cstdio>
+#include <random>
+
+static std::mt19937 draw(7);
+static int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(draw); }
+static float real() { return std::normal_distribution<float>()(draw); }
+
+template <class T>
+struct Exact {  // new[] of just so many elements: what lies around them is poisoned
+    T* at;
+    explicit Exact(int64_t n) : at(new T[n]) {}
+    ~Exact() { delete[] at; }
+    Exact(const Exact&) = delete;
+};
+
+template <class W>
+static W weight(float x) {
+    if constexpr (sizeof(W) == 2) return narrow(x);
+    else return x;
+}
+
+template <class W>
+static Packed* random_linear(int64_t outputs, int64_t inputs, bool paired, Threads& threads) {
+    Exact<W> weights(outputs * inputs);
+    Exact<float> bias(outputs);
+    for (int64_t i = 0; i < outputs * inputs; i++) weights.at[i] = weight<W>(real() * 0.2f);
+    for (int64_t i = 0; i < outputs; i++) bias.at[i] = real();
+    return pack(weights.at, between(0, 1) ? bias.at : nullptr, outputs, inputs, paired, threads);
+}
+
+template <class W>
+static void run(int threads_count) {
+    Threads threads(threads_count);
+    const int64_t kv_heads = between(1, 3), heads = kv_heads * between(1, 4), size = 2 * between(1, 20), inner = between(1, 60);
+    const int64_t hidden = between(1, 70), block = between(1, 20), blocks = 60;
+    const Dimensions dimensions{hidden, heads, kv_heads, size, inner, 1e-5f};
+    std::unique_ptr<Packed> qkv(random_linear<W>((heads + 2 * kv_heads) * size, hidden, false, threads));
+    std::unique_ptr<Packed> output(random_linear<W>(hidden, heads * size, false, threads));
+    std::unique_ptr<Packed> gate_up(random_linear<W>(2 * inner, hidden, true, threads));
+    std::unique_ptr<Packed> down(random_linear<W>(hidden, inner, false, threads));
+    Exact<float> norm(hidden), head_norm(size);
+    for (int64_t i = 0; i < hidden; i++) norm.at[i] = 1.0f;
+    for (int64_t i = 0; i < size; i++) head_norm.at[i] = 1.0f;
+    const int64_t slots = blocks * block;
+    Exact<W> keys(slots * kv_heads * size), values(slots * kv_heads * size);
+    std::fill_n(keys.at, slots * kv_heads * size, W{});
+    std::fill_n(values.at, slots * kv_heads * size, W{});
+    const float* qk = between(0, 1) ? head_norm.at : nullptr;
+    const Layer layer{norm.at, norm.at, qk, qk, qkv.get(), output.get(), gate_up.get(), down.get(), keys.at, values.at, between(0, 1) * between(1, 40)};
+
+    std::vector<int64_t> start, end, first_row{0}, tables, first_block{0}, positions, where;
+    for (int64_t left = between(1, 4), next = 1; left > 0 && next + 8 < blocks; left--) {
+        const int64_t length = between(1, std::min<int64_t>(7 * block, 90)), begin = between(0, 2) ? length - 1 : between(0, length - 1);
+        start.push_back(begin), end.push_back(length), first_row.push_back(first_row.back() + length - begin);
+        for (int64_t i = 0; i < (length + block - 1) / block; i++) tables.push_back(next++);
+        for (int64_t p = begin; p < length; p++) positions.push_back(p), where.push_back(tables[first_block.back() + p / block] * block + p % block);
+        first_block.push_back(tables.size());
+    }
+    const int64_t rows = first_row.back(), longest = *std::max_element(end.begin(), end.end());
+    Exact<float> state(rows * hidden), part(rows * hidden), cos(longest * (size / 2)), sin(longest * (size / 2));
+    for (int64_t i = 0; i < rows * hidden; i++) state.at[i] = real();
+    for (int64_t i = 0; i < longest * (size / 2); i++) cos.at[i] = std::cos(i), sin.at[i] = std::sin(i);
+    const Paged paged{(int64_t)start.size(), block, heads, kv_heads, size, start.data(), end.data(), first_row.data(), tables.data(), first_block.data()};
+    const Batch batch{rows, state.at, positions.data(), where.data(), cos.at, sin.at, paged};
+    std::unique_ptr<Model> model(new Decoder<W>(dimensions, threads));
+    const Layer both[2] = {layer, layer};
+    model->layers(batch, both, 0, 2);
+    model->attention_part(batch, layer, part.at);
+    model->mlp_part(batch, layer, part.at);
+    Exact<float> x(rows * hidden), y(rows * gate_up->outputs);
+    memcpy(x.at, state.at, rows * hidden * sizeof(float));
+    if (rayline_linear(gate_up.get(), x.at, rows, y.at, &threads)) abort();
+    for (int64_t i = 0; i < rows * gate_up->outputs; i++)
+        if (!std::isfinite(y.at[i])) abort();
+}
+
+int main(int, char** arguments) {
+    const int times = atoi(arguments[1]);
+    for (int i = 0; i < times; i++) run<float>(1 + i % 3), run<bf16>(1 + i % 3);
+    puts(rayline_instructions());
+}

@@ -1,0 +1,197 @@
+"""The native kernels: linears against float64, rows against themselves, instruction sets, sanitizers, and what happens without."""
+
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.config import Config, ConfigError
+from cluster.protocol import NewSequence
+from kv.pool import KVPool
+from tests.workers.driver import LENGTHS, MIXED, generate
+from tests.workers.models import TinyModel, prompt
+from tests.workers.spans import make_span
+from workers.attention import PagedSpans
+from workers.attention.reference import ReferenceAttention
+from workers.draws import DrawSetup
+from workers.kernels import TorchKernels, choose_kernels
+from workers.native import build as building
+from workers.native import library as natives
+from workers.native.kernels import NativeAttention, NativeKernels
+from workers.native.library import Library, PackedLinear, Threads
+
+CPU = torch.device("cpu")
+X86 = platform.machine() == "x86_64"
+
+
+@pytest.fixture(scope="module", params=["native", "avx2", "portable"])
+def library(request: pytest.FixtureRequest) -> Library:
+    """Kernels for several CPUs, as far as this one runs them."""
+    own = Library()
+    if request.param == "native":
+        return own
+    if not X86 or own.instructions == request.param or (own.instructions == "portable" and request.param == "avx2"):
+        pytest.skip("is the native one, or not for this CPU")
+    built = Library(("-march=x86-64-v3",) if request.param == "avx2" else ("-march=x86-64",))
+    assert built.instructions == request.param
+    return built
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (17, 5), (64, 48), (33, 257), (1024, 100), (513, 130)])
+def test_a_packed_linear_is_the_product_whatever_the_number_of_rows(
+    library: Library, dtype: torch.dtype, inputs: int, outputs: int
+) -> None:
+    torch.manual_seed(0)
+    threads = Threads(library, 2)
+    weight, bias, x = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs), torch.randn(131, inputs)
+    linear = PackedLinear(weight, bias, threads)
+    whole = linear(x)
+    exact = x.to(dtype).double() @ weight.double().T + bias.double()
+    torch.testing.assert_close(whole.double(), exact, atol=2e-6 * inputs**0.5 + 1e-6, rtol=1e-5)
+    for rows in (*range(1, 21), 64, 130):
+        assert torch.equal(linear(x[:rows]), whole[:rows])
+        assert torch.equal(linear(x[-rows:]), whole[-rows:])
+    alone = PackedLinear(weight, bias, Threads(library, 1))
+    assert torch.equal(alone(x), whole)
+
+
+def test_a_row_of_bad_numbers_spoils_no_other(library: Library) -> None:
+    threads = Threads(library, 2)
+    weight, x = torch.randn(70, 40, dtype=torch.bfloat16), torch.randn(9, 40)
+    linear = PackedLinear(weight, None, threads)
+    good = linear(x)
+    x[4] = torch.nan
+    spoilt = linear(x)
+    assert spoilt[4].isnan().all()
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert torch.equal(spoilt[others], good[others])
+
+
+def lay_out(sizes: list[tuple[int, int]], block: int) -> tuple[PagedSpans, int]:
+    """Spans of (tokens before, tokens) on shuffled blocks; and the number of blocks in the pool."""
+    counts = [-(-(start + n) // block) for start, n in sizes]
+    ids = (np.random.default_rng(0).permutation(sum(counts)) + 1).tolist()
+    spans = [
+        make_span(start, start + n, [ids.pop() for _ in range(count)]) for (start, n), count in zip(sizes, counts, strict=True)
+    ]
+    return PagedSpans.of(spans, block), sum(counts) + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(
+    st.lists(st.tuples(st.integers(0, 100), st.sampled_from([1, 1, 1, 2, 5, 17, 40])), min_size=1, max_size=12),
+    st.sampled_from([(4, 4, 8), (6, 2, 16), (5, 1, 10), (16, 8, 64), (3, 3, 34), (40, 1, 12)]),
+    st.sampled_from([None, 1, 3, 31, 32, 33, 50, 100]),
+    st.sampled_from([4, 7, 16]),
+)
+@settings(deadline=None, max_examples=40, derandomize=True)
+def test_attention_is_the_reference(
+    library: Library, dtype: torch.dtype, sizes: list[tuple[int, int]], model: tuple[int, int, int], window: int | None, block: int
+) -> None:
+    torch.manual_seed(1)
+    heads, kv_heads, dim = model
+    paged, num_blocks = lay_out(sizes, block)
+    pool = KVPool(2, num_blocks, block, kv_heads, dim, dtype, CPU)
+    pool.keys.normal_()
+    pool.values.normal_()
+    pool.keys[:, 0] = pool.values[:, 0] = torch.nan  # nobody may look at the null block
+    queries = torch.randn(int(paged.first_row[-1]), heads, dim)
+    nothing = torch.empty(0)
+    expected = ReferenceAttention(pool, [None, window]).prepare(paged).attend(1, queries, nothing, nothing)
+    actual = NativeAttention(pool, [None, window], Threads(library, 2)).prepare(paged).attend(1, queries, nothing, nothing)
+    torch.testing.assert_close(actual, expected, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 5, 40])
+def test_a_query_has_the_same_bits_in_every_batch_and_chunk(library: Library, window: int | None) -> None:
+    torch.manual_seed(2)
+    threads = Threads(library, 2)
+    length = 150
+    pool = KVPool(1, 40, 16, 2, 24, torch.bfloat16, CPU)
+    pool.keys.normal_()
+    pool.values.normal_()
+    table = (np.random.default_rng(3).permutation(39) + 1).tolist()[:10]
+    queries = torch.randn(length, 6, 24)
+    nothing = torch.empty(0)
+
+    def run(pieces: list[tuple[int, int]]) -> list[torch.Tensor]:
+        """Each piece [first, end) of the sequence as a span of one batch."""
+        paged = PagedSpans.of([make_span(first, end, table) for first, end in pieces], 16)
+        rows = torch.cat([queries[first:end] for first, end in pieces])
+        attended = NativeAttention(pool, [window], threads).prepare(paged).attend(0, rows, nothing, nothing)
+        return list(torch.split(attended, [end - first for first, end in pieces]))
+
+    (whole,) = run([(0, length)])
+    for first, end in [(0, 1), (31, 33), (64, 100), (149, 150), (7, 8), (90, 97)]:
+        assert torch.equal(run([(first, end)])[0], whole[first:end])
+    pieces = [(p, p + 1) for p in range(0, length, 7)] + [(3, 44), (128, 150)]
+    for (first, end), attended in zip(pieces, run(pieces), strict=True):
+        assert torch.equal(attended, whole[first:end])
+
+
+@pytest.mark.parametrize("kind", ["llama-biases", "qwen3", "qwen3-window"])
+def test_bf16_is_the_same_alone_batched_and_in_chunks(tiny_models: dict[str, TinyModel], kind: str) -> None:
+    runner = tiny_models[kind].runner(kernels="native", dtype="bfloat16")
+    for length, params in zip(LENGTHS, MIXED, strict=True):
+        ids = prompt(length, seed=length)
+        alone = generate(runner, ids, 20, params)
+        assert generate(runner, ids, 20, params, chunk=5) == alone
+        if not DrawSetup.of(
+            NewSequence(choice=0, prompt=ids, emitted=[], params=params)
+        ).penalized:  # penalties know an answer from a prompt
+            assert generate(runner, ids + alone[:12], 8, params) == alone[12:]
+
+
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_the_sanitizers_find_nothing(sanitizer: str, tmp_path: Path) -> None:
+    folder = Path(natives.__file__).parent
+    program = tmp_path / "stress"
+    flags = [flag for flag in building.FLAGS if flag not in ("-shared", "-fPIC", "-O2")]
+    command = ["c++", *flags, "-O1", "-g", *building.OWN_CPU, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", f"-I{folder}"]
+    subprocess.run([*command, str(Path(__file__).parent / "native_stress.cpp"), "-o", str(program)], check=True, timeout=200)
+    done = subprocess.run(
+        [program, "40" if sanitizer == "thread" else "150"], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == Library().instructions
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine without one."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    natives.library.cache_clear()
+    yield
+    natives.library.cache_clear()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_torch_computes_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        assert isinstance(choose_kernels(Config("m"), CPU), TorchKernels)
+    assert caplog.messages == ["native kernels are not used: no C++ compiler: no-such-compiler is not there"]
+    with pytest.raises(ConfigError, match="--kernels torch"):
+        choose_kernels(Config("m", kernels="native"), CPU)
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(building.BuildError, match="no-such-flag"):
+        building.build(("-fno-such-flag",))
+    assert list((tmp_path / "rayline").iterdir()) == []
+
+
+def test_kernels_are_chosen_by_name_device_and_dtype() -> None:
+    assert isinstance(choose_kernels(Config("m"), CPU), NativeKernels)
+    assert isinstance(choose_kernels(Config("m", kernels="torch"), CPU), TorchKernels)
+    assert isinstance(choose_kernels(Config("m", dtype="float16"), CPU), TorchKernels)
+    assert isinstance(choose_kernels(Config("m"), torch.device("cuda")), TorchKernels)
+    with pytest.raises(ConfigError, match="float16 on cpu"):
+        choose_kernels(Config("m", kernels="native", dtype="float16"), CPU)

@@ -1,0 +1,204 @@
+"""The native kernels as Python calls them: structs and functions as native.cpp has them, memory that is freed with its owner.
+
+A call gives Python's lock back while it computes. Tensors and arrays are handed over as addresses: whoever calls keeps them alive,
+contiguous and of the dtype that is said.
+"""
+
+import ctypes
+import functools
+import logging
+import weakref
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_void_p
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from workers.native.build import OWN_CPU, BuildError, build
+
+log = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""Of weights and KV."""
+
+
+class Dimensions(Structure):
+    """A rank's part of a decoder."""
+
+    _fields_ = [
+        ("hidden", c_int64),
+        ("num_heads", c_int64),
+        ("num_kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("inner", c_int64),
+        ("eps", c_float),
+    ]
+
+
+class Layer(Structure):
+    """Addresses of one layer's weights and pool."""
+
+    _fields_ = [
+        ("input_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("qkv", c_void_p),
+        ("output", c_void_p),
+        ("gate_up", c_void_p),
+        ("down", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("window", c_int64),
+    ]
+
+
+class Paged(Structure):
+    """One iteration's spans."""
+
+    _fields_ = [
+        ("num_spans", c_int64),
+        ("block_size", c_int64),
+        ("num_heads", c_int64),
+        ("num_kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("start", c_void_p),
+        ("end", c_void_p),
+        ("first_row", c_void_p),
+        ("tables", c_void_p),
+        ("first_block", c_void_p),
+    ]
+
+
+class Batch(Structure):
+    """One iteration's flat batch."""
+
+    _fields_ = [
+        ("num_tokens", c_int64),
+        ("hidden", c_void_p),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("paged", Paged),
+    ]
+
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "instructions": (c_char_p, []),
+    "threads": (c_void_p, [c_int]),
+    "threads_free": (None, [c_void_p]),
+    "pack": (c_void_p, [c_void_p, c_void_p, c_int64, c_int64, c_int, c_int, c_void_p]),
+    "pack_free": (None, [c_void_p]),
+    "linear": (c_int, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
+    "attend": (c_int, [POINTER(Paged), c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int64, c_void_p, c_void_p]),
+    "model": (c_void_p, [POINTER(Dimensions), c_int, c_void_p]),
+    "model_free": (None, [c_void_p]),
+    "layers": (c_int, [c_void_p, POINTER(Batch), POINTER(Layer), c_int64, c_int64]),
+    "attention_part": (c_int, [c_void_p, POINTER(Batch), POINTER(Layer), c_void_p]),
+    "mlp_part": (c_int, [c_void_p, POINTER(Batch), POINTER(Layer), c_void_p]),
+}
+
+
+class Library:
+    """The functions of a built library."""
+
+    def __init__(self, cpu: Sequence[str] = OWN_CPU, extra: Sequence[str] = ()) -> None:
+        """See build(). Raises BuildError."""
+        try:
+            loaded = ctypes.CDLL(str(build(cpu, extra)))
+        except OSError as error:
+            raise BuildError(str(error)) from None
+        self._functions = {}
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(loaded, f"rayline_{name}")
+            function.restype, function.argtypes = result, arguments
+            self._functions[name] = function
+
+    @property
+    def instructions(self) -> str:
+        """What the kernels were built for: avx512-bf16, avx512, avx2 or portable."""
+        told: bytes = self._functions["instructions"]()
+        return told.decode()
+
+    def make(self, kind: str, owner: object, *arguments: Any) -> int:
+        """What function `kind` makes, freed with `owner`. Raises MemoryError."""
+        made: int | None = self._functions[kind](*arguments)
+        if not made:
+            raise MemoryError(f"no memory for {kind}")
+        weakref.finalize(owner, self._functions[f"{kind}_free"], made)
+        return made
+
+    def run(self, name: str, *arguments: Any) -> None:
+        """Call a function. Raises MemoryError where it has no memory to work in."""
+        if self._functions[name](*arguments):
+            raise MemoryError(f"no memory to compute in ({name})")
+
+
+@functools.cache
+def library() -> Library | None:
+    """That of this CPU; None where it cannot be built, which is logged once."""
+    try:
+        return Library()
+    except BuildError as error:
+        log.warning("native kernels are not used: %s", error)
+        return None
+
+
+class Threads:
+    """CPU threads that compute together; the calling one is one of them."""
+
+    def __init__(self, library: Library, count: int) -> None:
+        self.library = library
+        self.handle = library.make("threads", self, count)
+
+
+class PackedLinear:
+    """y = x Wᵀ + b by the native kernel (packed.h), each row the same bits whatever the number of rows."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, threads: Threads, *, paired: bool = False) -> None:
+        """weight [out_features, in_features] fp32 or bf16, on the CPU; no reference to it is kept. bias [out_features] or None.
+
+        paired: the output's halves, of equal size, are gate and up, whose product the decoder's layers take at once.
+        """
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self._threads = threads
+        weight = weight.contiguous()
+        wide = None if bias is None else bias.float().contiguous()
+        half = weight.dtype == torch.bfloat16
+        sizes = (self.out_features, self.in_features, half, paired, threads.handle)
+        self.handle = threads.library.make("pack", self, weight.data_ptr(), address(wide), *sizes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, in_features] -> [n, out_features] fp32; x is rounded to the weight's dtype."""
+        x = x.float().contiguous()
+        y = torch.empty(len(x), self.out_features)
+        self._threads.library.run("linear", self.handle, x.data_ptr(), len(x), y.data_ptr(), self._threads.handle)
+        return y
+
+
+def address(of: "Tensor | NDArray[Any] | None") -> int | None:
+    """Where the elements are; None for none."""
+    if of is None:
+        return None
+    return of.ctypes.data if isinstance(of, np.ndarray) else of.data_ptr()
+
+
+__all__ = [
+    "DTYPES",
+    "Batch",
+    "BuildError",
+    "Dimensions",
+    "Layer",
+    "Library",
+    "PackedLinear",
+    "Paged",
+    "Threads",
+    "address",
+    "byref",
+    "library",
+]

@@ -1,0 +1,352 @@
+// A rank's layers on a CPU: an iteration's flat batch from one collective to the next without leaving C++.
+//
+// Hidden states are fp32 [num_tokens, hidden]. Between them, per layer (see workers/decoder.py for the formulas):
+//
+//     norm -> qkv -> norms of heads, rotary embedding, store to the pool -> attention -> output (+ hidden)
+//     norm -> gate and up, silu, product -> down (+ hidden)
+//
+// Structs and functions at the end are called through ctypes (workers/native/library.py) and must agree with what stands there.
+#include <memory>
+
+#include "attention.h"
+#include "packed.h"
+#include "rows.h"
+
+namespace {
+
+struct Layer {
+    const float *input_norm, *mlp_norm;  // [hidden]
+    const float *query_norm, *key_norm;  // [head_dim] or none
+    const Packed *qkv, *output, *gate_up, *down;
+    void *keys, *values;  // this layer's pool
+    int64_t window;       // 0: none
+};
+
+struct Dimensions {
+    int64_t hidden, num_heads, num_kv_heads, head_dim, inner;
+    float eps;
+};
+
+struct Batch {
+    int64_t num_tokens;
+    float* hidden;            // [num_tokens, hidden]
+    const int64_t* positions; // [num_tokens]
+    const int64_t* slots;     // [num_tokens]
+    const float *cos, *sin;   // [positions there are, head_dim / 2]
+    Paged paged;
+};
+
+// Memory that only grows.
+template <class T>
+class Buffer {
+  public:
+    T* fit(int64_t count) {
+        if (count > size_) {
+            size_ = count + count / 2;
+            memory_.reset(static_cast<T*>(aligned_alloc(64, round_up(size_ * sizeof(T), 64))));
+            if (!memory_) {
+                size_ = 0;
+                throw std::bad_alloc();
+            }
+        }
+        return memory_.get();
+    }
+
+  private:
+    struct Free {
+        void operator()(T* memory) const { free(memory); }
+    };
+    std::unique_ptr<T, Free> memory_;
+    int64_t size_ = 0;
+};
+
+class Model {
+  public:
+    virtual ~Model() = default;
+    // Layers [first, end), added to batch.hidden.
+    virtual void layers(const Batch& batch, const Layer* all, int64_t first, int64_t end) = 0;
+    // Half a layer, not added: this rank's part of a sum, into `to` [num_tokens, hidden].
+    virtual void attention_part(const Batch& batch, const Layer& layer, float* to) = 0;
+    virtual void mlp_part(const Batch& batch, const Layer& layer, float* to) = 0;
+};
+
+template <class W>  // of weights and of the KV pool
+class Decoder final : public Model {
+    using X = typename Activation<W>::type;
+
+  public:
+    Decoder(const Dimensions& dimensions, Threads& threads)
+        : d_(dimensions), threads_(threads), scratch_(threads.count()), padded_(round_up(d_.head_dim, LANES)) {}
+
+    void layers(const Batch& batch, const Layer* all, int64_t first, int64_t end) override {
+        threads_.begin();
+        const std::vector<Task> tasks = tasks_of(batch.paged);
+        for (int64_t i = first; i < end; i++) {
+            const X* attended = attention(batch, all[i], tasks);
+            add(*all[i].output, attended, attended_stride(), batch);
+            const X* inner = mlp(batch, all[i]);
+            add(*all[i].down, inner, inner_stride(), batch);
+        }
+        threads_.end();
+    }
+
+    void attention_part(const Batch& batch, const Layer& layer, float* to) override {
+        threads_.begin();
+        const X* attended = attention(batch, layer, tasks_of(batch.paged));
+        put(*layer.output, attended, attended_stride(), batch.num_tokens, to);
+        threads_.end();
+    }
+
+    void mlp_part(const Batch& batch, const Layer& layer, float* to) override {
+        threads_.begin();
+        const X* inner = mlp(batch, layer);
+        put(*layer.down, inner, inner_stride(), batch.num_tokens, to);
+        threads_.end();
+    }
+
+  private:
+    int64_t hidden_stride() const { return round_up(d_.hidden, LANES); }
+    int64_t attended_stride() const { return round_up(d_.num_heads * d_.head_dim, LANES); }
+    int64_t inner_stride() const { return round_up(round_up(d_.inner, WIDTH / 2), LANES); }
+
+    // f(row) for each row; a few rows are not worth sharing.
+    template <class F>
+    void each_row(int64_t rows, const F& f) {
+        const int64_t share = 4;
+        threads_.run((rows + share - 1) / share, [&](int64_t task, int) {
+            for (int64_t row = task * share; row < std::min(rows, (task + 1) * share); row++) f(row);
+        });
+    }
+
+    const X* normed(const Batch& batch, const float* weight) {
+        X* to = normed_.fit(batch.num_tokens * hidden_stride());
+        each_row(batch.num_tokens, [&](int64_t row) {
+            norm_row<W>(to + row * hidden_stride(), batch.hidden + row * d_.hidden, weight, d_.hidden, d_.eps);
+        });
+        return to;
+    }
+
+    const X* attention(const Batch& batch, const Layer& layer, const std::vector<Task>& tasks) {
+        const int64_t n = batch.num_tokens, width = (d_.num_heads + 2 * d_.num_kv_heads) * d_.head_dim;
+        const X* x = normed(batch, layer.input_norm);
+        float* qkv = qkv_.fit(n * width);
+        put(*layer.qkv, x, hidden_stride(), n, qkv);
+
+        float* queries = queries_.fit(n * d_.num_heads * padded_);
+        W *keys = static_cast<W*>(layer.keys), *values = static_cast<W*>(layer.values);
+        each_row(n, [&](int64_t row) {
+            const int64_t size = d_.head_dim, kv = d_.num_kv_heads;
+            const float *cos = batch.cos + batch.positions[row] * (size / 2), *sin = batch.sin + batch.positions[row] * (size / 2);
+            float* head = qkv + row * width;
+            for (int64_t i = 0; i < d_.num_heads; i++, head += size) {
+                turn_head(head, size, layer.query_norm, d_.eps, cos, sin);
+                float* to = queries + (row * d_.num_heads + i) * padded_;
+                memcpy(to, head, size * sizeof(float));
+                for (int64_t j = size; j < padded_; j++) to[j] = 0.0f;
+            }
+            for (int64_t i = 0; i < kv; i++, head += size) {
+                turn_head(head, size, layer.key_norm, d_.eps, cos, sin);
+                store_head(keys + (batch.slots[row] * kv + i) * size, head, size);
+            }
+            for (int64_t i = 0; i < kv; i++, head += size) store_head(values + (batch.slots[row] * kv + i) * size, head, size);
+        });
+
+        X* attended = attended_.fit(n * attended_stride());
+        threads_.run(tasks.size(), [&](int64_t i, int thread) {
+            attend(batch.paged, tasks[i], queries, padded_, keys, values, layer.window, scratch_[thread],
+                   [&](int64_t row, int64_t head, int64_t d, Floats v) {
+                       X* to = attended + row * attended_stride() + head * d_.head_dim + d;
+                       if (d + LANES <= d_.head_dim) {
+                           Activation<W>::put(to, v);
+                       } else {
+                           X some[LANES];
+                           Activation<W>::put(some, v);
+                           memcpy(to, some, (d_.head_dim - d) * sizeof(X));
+                       }
+                   });
+        });
+        clear_behind(attended, n, d_.num_heads * d_.head_dim, attended_stride());
+        return attended;
+    }
+
+    const X* mlp(const Batch& batch, const Layer& layer) {
+        const X* x = normed(batch, layer.mlp_norm);
+        X* inner = inner_.fit(batch.num_tokens * inner_stride());
+        const int64_t stride = inner_stride();
+        linear<W>(*layer.gate_up, x, hidden_stride(), batch.num_tokens, threads_, [=](int64_t row, int64_t panel, const Floats* y) {
+            X* to = inner + row * stride + panel * (WIDTH / 2);
+            for (int v = 0; v < VECTORS / 2; v++) Activation<W>::put(to + v * LANES, silu(y[v]) * y[VECTORS / 2 + v]);
+        });
+        clear_behind(inner, batch.num_tokens, layer.gate_up->panels * (WIDTH / 2), stride);
+        return inner;
+    }
+
+    // What a linear reads behind a row's end is multiplied by zeros, and must be a number.
+    static void clear_behind(X* rows, int64_t count, int64_t used, int64_t stride) {
+        if (used == stride) return;
+        for (int64_t row = 0; row < count; row++) memset(rows + row * stride + used, 0, (stride - used) * sizeof(X));
+    }
+
+    void add(const Packed& packed, const X* x, int64_t stride, const Batch& batch) {
+        each_vector(packed, x, stride, batch.num_tokens, batch.hidden, [](float* to, Floats y) { store(to, load(to) + y); },
+                    [](float* to, float y) { *to += y; });
+    }
+
+    void put(const Packed& packed, const X* x, int64_t stride, int64_t rows, float* to) {
+        each_vector(packed, x, stride, rows, to, [](float* to, Floats y) { store(to, y); }, [](float* to, float y) { *to = y; });
+    }
+
+    // [rows, outputs]: whole vectors, and one by one what is left of the last panel.
+    template <class F, class G>
+    void each_vector(const Packed& packed, const X* x, int64_t stride, int64_t rows, float* to, const F& whole, const G& one) {
+        const int64_t outputs = packed.outputs;
+        linear<W>(packed, x, stride, rows, threads_, [=](int64_t row, int64_t panel, const Floats* y) {
+            for (int v = 0; v < VECTORS; v++) {
+                const int64_t column = panel * WIDTH + v * LANES;
+                float* at = to + row * outputs + column;
+                if (column + LANES <= outputs) {
+                    whole(at, y[v]);
+                } else {
+                    for (int i = 0; column + i < outputs; i++) one(at + i, y[v][i]);
+                }
+            }
+        });
+    }
+
+    const Dimensions d_;
+    Threads& threads_;
+    std::vector<AttentionScratch> scratch_;
+    const int64_t padded_;
+    Buffer<X> normed_, attended_, inner_;
+    Buffer<float> qkv_, queries_;
+};
+
+template <class W>
+void multiply_alone(const Packed& packed, const float* x, int64_t rows, float* y, Threads& threads) {
+    using X = typename Activation<W>::type;
+    const int64_t stride = round_up(packed.inputs, LANES), outputs = packed.outputs;
+    Buffer<X> buffer;
+    X* taken = buffer.fit(rows * stride);
+    threads.begin();
+    threads.run(rows, [&](int64_t row, int) { put_row<W>(taken + row * stride, x + row * packed.inputs, packed.inputs); });
+    linear<W>(packed, taken, stride, rows, threads, [&](int64_t row, int64_t panel, const Floats* v) {
+        for (int i = 0; i < WIDTH; i++) {
+            const int64_t output = packed.output(panel, i);
+            if (output < outputs) y[row * outputs + output] = v[i / LANES][i % LANES];
+        }
+    });
+    threads.end();
+}
+
+template <class KV>
+void attend_alone(const Paged& paged, const float* queries, int64_t num_tokens, const void* keys, const void* values, int64_t window,
+                  float* to, Threads& threads) {
+    const int64_t size = paged.head_dim, padded = round_up(size, LANES);
+    std::vector<float> wide(num_tokens * paged.num_heads * padded);
+    for (int64_t i = 0; i < num_tokens * paged.num_heads; i++) memcpy(wide.data() + i * padded, queries + i * size, size * sizeof(float));
+    std::vector<AttentionScratch> scratch(threads.count());
+    const std::vector<Task> tasks = tasks_of(paged);
+    threads.begin();
+    threads.run(tasks.size(), [&](int64_t i, int thread) {
+        attend(paged, tasks[i], wide.data(), padded, static_cast<const KV*>(keys), static_cast<const KV*>(values), window, scratch[thread],
+               [&](int64_t row, int64_t head, int64_t d, Floats v) {
+                   float* at = to + (row * paged.num_heads + head) * size + d;
+                   for (int j = 0; j < LANES && d + j < size; j++) at[j] = v[j];
+               });
+    });
+    threads.end();
+}
+
+}  // namespace
+
+// Memory is all that can fail below; a function then returns what its caller takes for that.
+extern "C" {
+
+const char* rayline_instructions() { return INSTRUCTIONS; }
+
+void* rayline_threads(int count) {
+    try {
+        return new Threads(count);
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+void rayline_threads_free(void* threads) { delete static_cast<Threads*>(threads); }
+
+// weights [outputs, inputs] of bf16 (half) or fp32, bias [outputs] fp32 or none -> a Packed. paired: gate over up.
+void* rayline_pack(const void* weights, const float* bias, int64_t outputs, int64_t inputs, int half, int paired, void* threads) {
+    try {
+        Threads& some = *static_cast<Threads*>(threads);
+        if (half) return pack(static_cast<const bf16*>(weights), bias, outputs, inputs, paired, some);
+        return pack(static_cast<const float*>(weights), bias, outputs, inputs, paired, some);
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+void rayline_pack_free(void* packed) { delete static_cast<Packed*>(packed); }
+
+// x [rows, inputs] -> y [rows, outputs], fp32 both; with bf16 weights x is rounded.
+int rayline_linear(const void* packed, const float* x, int64_t rows, float* y, void* threads) {
+    try {
+        const Packed& weights = *static_cast<const Packed*>(packed);
+        Threads& some = *static_cast<Threads*>(threads);
+        weights.half ? multiply_alone<bf16>(weights, x, rows, y, some) : multiply_alone<float>(weights, x, rows, y, some);
+        return 0;
+    } catch (...) {
+        return 1;
+    }
+}
+
+// queries [num_tokens, heads, head_dim] -> to, alike.
+int rayline_attend(const Paged* paged, const float* queries, int64_t num_tokens, const void* keys, const void* values, int half, int64_t window,
+                   float* to, void* threads) {
+    try {
+        Threads& some = *static_cast<Threads*>(threads);
+        half ? attend_alone<bf16>(*paged, queries, num_tokens, keys, values, window, to, some)
+             : attend_alone<float>(*paged, queries, num_tokens, keys, values, window, to, some);
+        return 0;
+    } catch (...) {
+        return 1;
+    }
+}
+
+void* rayline_model(const Dimensions* dimensions, int half, void* threads) {
+    try {
+        Threads& some = *static_cast<Threads*>(threads);
+        return half ? static_cast<Model*>(new Decoder<bf16>(*dimensions, some)) : new Decoder<float>(*dimensions, some);
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+void rayline_model_free(void* model) { delete static_cast<Model*>(model); }
+
+int rayline_layers(void* model, const Batch* batch, const Layer* layers, int64_t first, int64_t end) {
+    try {
+        static_cast<Model*>(model)->layers(*batch, layers, first, end);
+        return 0;
+    } catch (...) {
+        return 1;
+    }
+}
+
+int rayline_attention_part(void* model, const Batch* batch, const Layer* layer, float* to) {
+    try {
+        static_cast<Model*>(model)->attention_part(*batch, *layer, to);
+        return 0;
+    } catch (...) {
+        return 1;
+    }
+}
+
+int rayline_mlp_part(void* model, const Batch* batch, const Layer* layer, float* to) {
+    try {
+        static_cast<Model*>(model)->mlp_part(*batch, *layer, to);
+        return 0;
+    } catch (...) {
+        return 1;
+    }
+}
+}
