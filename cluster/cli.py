@@ -175,6 +175,35 @@ def generate(model: str | None, config_file: str | None, prompt: str | None, sto
 
 
 @cli.command()
+@engine_options
+@click.option("--requests", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(min=1), help="Of each request. Default: 32 to 256.")
+@click.option("--output-tokens", type=click.IntRange(min=1), help="Of each request. Default: 16 to 128.")
+@click.option("--repetitions", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--profile", is_flag=True, help="Print where an iteration's time goes.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("build/bench"), show_default=True, help="Where JSON goes.")
+def bench(model: str | None, config_file: str | None, profile: bool, repetitions: int, out: Path, **options: Any) -> None:
+    """Measure how fast MODEL generates in this process, without Ray."""
+    from bench.profile import run, workload
+    from bench.report import Report
+    from cluster.offline import LLM
+
+    requests, prompt_tokens, output_tokens = (options.pop(name) for name in ("requests", "prompt_tokens", "output_tokens"))
+    config = resolve(model, config_file, options)
+    if profile and config.num_ranks > 1:
+        raise ConfigError("a profile is of one rank: tp and pp must be 1")
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "model"}
+    with LLM(config.model, progress=sys.stderr.isatty(), **settings) as llm:
+        asked = workload(requests, prompt_tokens, output_tokens, llm.vocab_size)
+        report = Report("profile" if profile else "generate", sys.argv[1:])
+        try:
+            run(llm, asked, report, profile=profile, repetitions=repetitions)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        report.save(out)
+
+
+@cli.command()
 @click.option("--url", default="http://localhost:8000/v1", show_default=True, help="Of the server, /v1 included.")
 @click.option("--api-key", envvar="OPENAI_API_KEY", help="Of the server, if it asks for one. Default: $OPENAI_API_KEY.")
 @click.option("--model", help="Default: the first that the server names.")

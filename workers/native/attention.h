@@ -3,7 +3,8 @@
 // Tiles are TILE positions from multiples of TILE on, and a row's results depend on its own tiles in their order only: a query has
 // the same bits alone, in any batch, as a decode or in a chunk of a prompt.
 //
-// A task is one key/value head of some queries of one span. Keys and values of a tile are laid out in fp32 once for all of its rows.
+// A task is some queries of one span and some of its key/value heads: of a decode all, so that blocks are read from end to end, as long
+// as there are enough decodes for all threads, else a thread's share; of a longer span one, whose keys and values are converted once.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -13,7 +14,7 @@
 #include "threads.h"
 
 constexpr int TILE = 32;
-constexpr int TASK_ROWS = 32;  // rows (queries x their heads) of a task, about
+constexpr int TASK_ROWS = 32;  // rows (queries x their heads) of a task, where one query's heads are no more
 
 // One layer's KV as bytes of K [blocks, block_size, kv_heads, head_dim], and how spans lie in it. See workers/attention/spans.py.
 struct Paged {
@@ -26,77 +27,88 @@ struct Paged {
 };
 
 struct Task {
-    int64_t span, kv_head, first, count;  // queries of the span
+    int64_t span, head, heads;   // key/value heads [head, head + heads)
+    int64_t first, count;        // queries of the span
 };
 
-inline std::vector<Task> tasks_of(const Paged& paged) {
+inline std::vector<Task> tasks_of(const Paged& paged, int threads) {
     const int64_t group = paged.num_heads / paged.num_kv_heads, most = std::max<int64_t>(1, TASK_ROWS / group);
+    const int64_t shares = paged.num_spans >= 4 * threads ? 1 : threads, together = (paged.num_kv_heads + shares - 1) / shares;
     std::vector<Task> tasks;
     for (int64_t span = 0; span < paged.num_spans; span++) {
-        const int64_t queries = paged.end[span] - paged.start[span];
+        const int64_t queries = paged.end[span] - paged.start[span], heads = queries == 1 ? together : 1;
         for (int64_t first = 0; first < queries; first += most)
-            for (int64_t head = 0; head < paged.num_kv_heads; head++)
-                tasks.push_back({span, head, first, std::min(most, queries - first)});
+            for (int64_t head = 0; head < paged.num_kv_heads; head += heads)
+                tasks.push_back({span, head, std::min(heads, paged.num_kv_heads - head), first, std::min(most, queries - first)});
     }
     // The longest first, so that no thread ends with one while the others wait.
-    auto cost = [&](const Task& t) { return (paged.start[t.span] + t.first + t.count) * (t.count + 1); };
+    auto cost = [&](const Task& t) { return (paged.start[t.span] + t.first + t.count) * t.heads * (t.count + 1); };
     std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& a, const Task& b) { return cost(a) > cost(b); });
     return tasks;
 }
 
 // Memory of one thread.
 struct AttentionScratch {
-    std::vector<float> tile, scores, sums, largest, total;
+    std::vector<float> tile, zeros, scores, sums, largest, total;
+    std::vector<const float*> queries;
 
-    void fit(int64_t rows, int64_t padded) {
+    // For a task of so many rows, nothing summed up yet.
+    void begin(int64_t rows, int64_t padded) {
+        if ((int64_t)zeros.size() < rows * padded) zeros.assign(rows * padded, 0.0f);
         if ((int64_t)tile.size() < TILE * padded) tile.assign(TILE * padded, 0.0f);
-        if ((int64_t)scores.size() < rows * TILE) scores.resize(rows * TILE);
-        if ((int64_t)sums.size() < rows * padded) sums.resize(rows * padded);
-        if ((int64_t)largest.size() < rows) largest.resize(rows), total.resize(rows);
+        if ((int64_t)total.size() < rows) queries.resize(rows), scores.resize(rows * TILE), total.resize(rows), largest.resize(rows);
+        sums.assign(rows * padded, 0.0f);
+        std::fill_n(total.begin(), rows, 0.0f);
+        std::fill_n(largest.begin(), rows, -INFINITY);
     }
 };
 
-// [count, padded] fp32 of positions [first, first + count) from one head of `pool`; the rest of TILE is zero.
-template <class KV>
-inline void lay_out(const Paged& paged, const KV* pool, const Task& task, int64_t first, int64_t count, int64_t padded, float* to) {
+// Where positions [first, first + count) of a span lie in a pool.
+inline void locate(const Paged& paged, int64_t span, int64_t first, int64_t count, int64_t* to) {
     const int64_t size = paged.block_size, width = paged.num_kv_heads * paged.head_dim;
-    const int64_t* table = paged.tables + paged.first_block[task.span];
-    for (int64_t i = 0; i < count; i++, to += padded) {
-        const int64_t position = first + i;
-        const KV* from = pool + (table[position / size] * size + position % size) * width + task.kv_head * paged.head_dim;
+    const int64_t* block = paged.tables + paged.first_block[span] + first / size;
+    int64_t offset = first % size, t = 0;
+    while (t < count) {
+        int64_t at = (*block * size + offset) * width;
+        for (; offset < size && t < count; offset++, t++, at += width) to[t] = at;
+        offset = 0, block++;
+    }
+}
+
+// Rows [size] as fp32 [count, padded] at `tile`, whose padding is zero.
+template <class KV>
+inline void lay_out(const KV* const* rows, int64_t offset, int64_t count, int64_t size, int64_t padded, float* tile) {
+    for (int64_t t = 0; t < count; t++, tile += padded) {
+        const KV* row = rows[t] + offset;
         int64_t d = 0;
-        for (; d + LANES <= paged.head_dim; d += LANES) store(to + d, load(from + d));
-        for (; d < paged.head_dim; d++) to[d] = sizeof(KV) == 2 ? widen((bf16)from[d]) : (float)from[d];
+        for (; d + LANES <= size; d += LANES) store(tile + d, load(row + d));
+        for (; d < size; d++) tile[d] = sizeof(KV) == 2 ? widen((bf16)row[d]) : (float)row[d];
     }
-    memset(to, 0, (TILE - count) * padded * sizeof(float));
 }
 
-// scores [ROWS][TILE] = q [ROWS, padded] · tile [TILE, padded]
-template <int ROWS>
-inline void dots(const float* const* queries, const float* tile, int64_t padded, float* scores) {
-    for (int t = 0; t < TILE; t += 4) {
-        Floats sums[ROWS][4] = {};
-        for (int64_t d = 0; d < padded; d += LANES) {
-            Floats k[4];
+// scores [ROWS][TILE], four of each row: queries [ROWS, padded] times four keys [padded].
+template <int ROWS, class KV>
+inline void dots(const float* const* queries, const KV* const* keys, int64_t offset, int64_t padded, float* scores) {
+    Floats sums[ROWS][4] = {};
+    for (int64_t d = 0; d < padded; d += LANES) {
+        Floats k[4];
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) k[j] = load(tile + (t + j) * padded + d);
+        for (int j = 0; j < 4; j++) k[j] = load(keys[j] + offset + d);
 #pragma GCC unroll 4
-            for (int row = 0; row < ROWS; row++) {
-                Floats q = load(queries[row] + d);
+        for (int row = 0; row < ROWS; row++) {
+            Floats q = load(queries[row] + d);
 #pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) sums[row][j] = fma(q, k[j], sums[row][j]);
-            }
+            for (int j = 0; j < 4; j++) sums[row][j] = fma(q, k[j], sums[row][j]);
         }
-#pragma GCC unroll 4
-        for (int row = 0; row < ROWS; row++)
-            sums4(sums[row][0], sums[row][1], sums[row][2], sums[row][3], scores + row * TILE + t);
     }
+#pragma GCC unroll 4
+    for (int row = 0; row < ROWS; row++) sums4(sums[row][0], sums[row][1], sums[row][2], sums[row][3], scores + row * TILE);
 }
 
-// sums [ROWS, padded] += weights [ROWS][TILE] · tile [TILE, padded], of the first `count` positions
-template <int ROWS>
-inline void weigh(const float* weights, const float* tile, int64_t count, int64_t padded, float* sums) {
-    constexpr int MANY = 4;
+// sums [ROWS, padded] += weights [ROWS][TILE] times `count` values [padded]
+template <int ROWS, class KV>
+inline void weigh(const float* weights, const KV* const* values, int64_t offset, int64_t count, int64_t padded, float* sums) {
+    constexpr int MANY = ROWS == 1 ? 8 : 4;
     auto columns = [&](auto number, int64_t d) {
         constexpr int N = decltype(number)::value;
         Floats acc[ROWS][N];
@@ -104,12 +116,12 @@ inline void weigh(const float* weights, const float* tile, int64_t count, int64_
             for (int j = 0; j < N; j++) acc[row][j] = load(sums + row * padded + d + j * LANES);
         for (int64_t t = 0; t < count; t++) {
             Floats v[N];
-#pragma GCC unroll 4
-            for (int j = 0; j < N; j++) v[j] = load(tile + t * padded + d + j * LANES);
+#pragma GCC unroll 8
+            for (int j = 0; j < N; j++) v[j] = load(values[t] + offset + d + j * LANES);
 #pragma GCC unroll 4
             for (int row = 0; row < ROWS; row++) {
                 Floats w = all(weights[row * TILE + t]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int j = 0; j < N; j++) acc[row][j] = fma(w, v[j], acc[row][j]);
             }
         }
@@ -121,15 +133,69 @@ inline void weigh(const float* weights, const float* tile, int64_t count, int64_
     for (; d < padded; d += LANES) columns(std::integral_constant<int, 1>{}, d);
 }
 
+// Keys and values of TILE positions, of `heads` heads `size` apart, and those of the next tile, which are fetched meanwhile. Positions
+// come in the order of their addresses, a few at a time, and their heads one after the other.
+template <class KV>
+struct Context {
+    const KV *keys[TILE], *values[TILE], *next_keys[TILE], *next_values[TILE];
+    int64_t heads, size, padded, count, coming;
+};
+
+constexpr int STRIDE = 4;  // positions at a time
+
+template <class KV>
+inline void fetch(const KV* from, int64_t size) {
+    for (int64_t byte = 0; byte < size * (int64_t)sizeof(KV); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(from) + byte);
+}
+
+template <class KV>
+inline void all_dots(const Context<KV>& context, const float* const* queries, int64_t rows, float* scores) {
+    for (int64_t t = 0; t < context.count; t += STRIDE)
+        for (int64_t h = 0; h < context.heads; h++) {
+            const int64_t offset = h * context.size;
+            for (int64_t i = t; i < t + STRIDE && i < context.coming; i++) fetch(context.next_keys[i] + offset, context.size);
+            const float* const* own = queries + h * rows;
+            float* to = scores + h * rows * TILE + t;
+            int64_t row = 0;
+            for (; row + 2 <= rows; row += 2) dots<2>(own + row, context.keys + t, offset, context.padded, to + row * TILE);
+            if (row < rows) dots<1>(own + row, context.keys + t, offset, context.padded, to + row * TILE);
+        }
+}
+
+template <class KV>
+inline void weigh_all(const Context<KV>& context, const float* weights, int64_t rows, float* sums) {
+    const int64_t stride = context.heads == 1 ? TILE : 2 * STRIDE;
+    for (int64_t t = 0; t < context.count; t += stride)
+        for (int64_t h = 0; h < context.heads; h++) {
+            const int64_t offset = h * context.size, count = std::min(stride, context.count - t), padded = context.padded;
+            for (int64_t i = t; i < t + stride && i < context.coming; i++) fetch(context.next_values[i] + offset, context.size);
+            const float* from = weights + h * rows * TILE + t;
+            float* to = sums + h * rows * padded;
+            int64_t row = 0;
+            for (; row + 2 <= rows; row += 2) weigh<2>(from + row * TILE, context.values + t, offset, count, padded, to + row * padded);
+            if (row < rows) weigh<1>(from + row * TILE, context.values + t, offset, count, padded, to + row * padded);
+        }
+}
+
+inline Ints steps() {
+    Ints v;
+    for (int i = 0; i < LANES; i++) v[i] = i;
+    return v;
+}
+
 // Scores of one row become weights; what was summed up so far is scaled to the new maximum.
 inline void soften(float* scores, int64_t from, int64_t to, float scale, int64_t padded, float* sums, float& most, float& total) {
     if (from >= to) {
         memset(scores, 0, TILE * sizeof(float));
         return;
     }
-    for (int t = 0; t < TILE; t++) scores[t] = t >= from && t < to ? scores[t] * scale : -INFINITY;
-    Floats peak = load(scores);
-    for (int t = LANES; t < TILE; t += LANES) peak = max(peak, load(scores + t));
+    Floats peak = all(-INFINITY);
+    for (int t = 0; t < TILE; t += LANES) {
+        const Floats s = load(scores + t) * scale;
+        const Floats seen = (steps() >= (int32_t)(from - t)) & (steps() < (int32_t)(to - t)) ? s : all(-INFINITY);
+        store(scores + t, seen);
+        peak = max(peak, seen);
+    }
     const float raised = std::max(most, largest(peak));
     Floats mass = {};
     for (int t = 0; t < TILE; t += LANES) {
@@ -152,37 +218,65 @@ inline void soften(float* scores, int64_t from, int64_t to, float scale, int64_t
 template <class KV, class P>
 void attend(const Paged& paged, const Task& task, const float* queries, int64_t padded, const KV* keys, const KV* values, int64_t window,
             AttentionScratch& scratch, const P& put) {
-    const int64_t group = paged.num_heads / paged.num_kv_heads, rows = task.count * group;
+    const int64_t group = paged.num_heads / paged.num_kv_heads, rows = task.count * group, size = paged.head_dim;
     const int64_t row0 = paged.first_row[task.span] + task.first, position0 = paged.start[task.span] + task.first;
-    const float scale = 1.0f / std::sqrt((float)paged.head_dim);
-    scratch.fit(rows, padded);
-    std::fill_n(scratch.sums.begin(), rows * padded, 0.0f);
-    std::fill_n(scratch.largest.begin(), rows, -INFINITY);
-    std::fill_n(scratch.total.begin(), rows, 0.0f);
-    const float* own[TASK_ROWS * 16];
-    for (int64_t row = 0; row < rows; row++)
-        own[row] = queries + ((row0 + row / group) * paged.num_heads + task.kv_head * group + row % group) * padded;
-    const int64_t end = position0 + task.count, begin = window ? std::max<int64_t>(0, position0 + 1 - window) : 0;
-    for (int64_t first = begin / TILE * TILE; first < end; first += TILE) {
-        const int64_t count = std::min<int64_t>(TILE, end - first);
-        float *tile = scratch.tile.data(), *scores = scratch.scores.data();
-        lay_out(paged, keys, task, first, count, padded, tile);
-        int64_t row = 0;
-        for (; row + 2 <= rows; row += 2) dots<2>(own + row, tile, padded, scores + row * TILE);
-        if (row < rows) dots<1>(own + row, tile, padded, scores + row * TILE);
-        for (row = 0; row < rows; row++) {
-            const int64_t position = position0 + row / group;
-            const int64_t from = window ? std::max<int64_t>(0, position + 1 - window - first) : 0;
-            soften(scores + row * TILE, from, std::min<int64_t>(TILE, position + 1 - first), scale, padded,
-                   scratch.sums.data() + row * padded, scratch.largest[row], scratch.total[row]);
-        }
-        lay_out(paged, values, task, first, count, padded, tile);
-        for (row = 0; row + 2 <= rows; row += 2) weigh<2>(scores + row * TILE, tile, count, padded, scratch.sums.data() + row * padded);
-        if (row < rows) weigh<1>(scores + row * TILE, tile, count, padded, scratch.sums.data() + row * padded);
+    const float scale = 1.0f / std::sqrt((float)size);
+    scratch.begin(task.heads * rows, padded);
+    for (int64_t i = 0; i < task.heads * rows; i++) {
+        const int64_t row = i % rows, head = (task.head + i / rows) * group + row % group;
+        scratch.queries[i] = queries + ((row0 + row / group) * paged.num_heads + head) * padded;
     }
-    for (int64_t row = 0; row < rows; row++) {
-        const int64_t head = task.kv_head * group + row % group;
+    // What only a row or two will read is read where it is; else it is converted once.
+    const bool direct = padded == size && (sizeof(KV) == 4 || rows <= 2);
+    const KV *nothing = reinterpret_cast<const KV*>(scratch.zeros.data()), *own_keys = keys + task.head * size, *own_values = values + task.head * size;
+    Context<KV> there{};
+    there.heads = task.heads, there.size = size, there.padded = padded;
+    Context<float> here{};
+    here.heads = 1, here.size = padded, here.padded = padded;
+    float *scores = scratch.scores.data(), *tile = scratch.tile.data();
+    for (int t = 0; t < TILE; t++) here.keys[t] = here.values[t] = tile + t * padded;
+
+    const int64_t end = position0 + task.count, begin = window ? std::max<int64_t>(0, position0 + 1 - window) : 0;
+    int64_t places[TILE], first = begin / TILE * TILE;
+    auto look_at = [&](int64_t from) {
+        there.coming = std::max<int64_t>(0, std::min<int64_t>(TILE, end - from));
+        locate(paged, task.span, from, there.coming, places);
+        for (int64_t t = 0; t < there.coming; t++) there.next_keys[t] = own_keys + places[t], there.next_values[t] = own_values + places[t];
+    };
+    look_at(first);
+    for (; first < end; first += TILE) {
+        there.count = here.count = there.coming;
+        for (int64_t t = 0; t < TILE; t++) {
+            there.keys[t] = t < there.count ? there.next_keys[t] : nothing;
+            there.values[t] = t < there.count ? there.next_values[t] : nothing;
+        }
+        look_at(first + TILE);
+        if (direct) {
+            all_dots(there, scratch.queries.data(), rows, scores);
+        } else {
+            for (int64_t h = 0; h < task.heads; h++) {
+                lay_out(there.keys, h * size, there.count, size, padded, tile);
+                all_dots(here, scratch.queries.data() + h * rows, rows, scores + h * rows * TILE);
+            }
+        }
+        for (int64_t i = 0; i < task.heads * rows; i++) {
+            const int64_t position = position0 + i % rows / group;
+            const int64_t from = window ? std::max<int64_t>(0, position + 1 - window - first) : 0;
+            soften(scores + i * TILE, from, std::min<int64_t>(TILE, position + 1 - first), scale, padded, scratch.sums.data() + i * padded,
+                   scratch.largest[i], scratch.total[i]);
+        }
+        if (direct) {
+            weigh_all(there, scores, rows, scratch.sums.data());
+        } else {
+            for (int64_t h = 0; h < task.heads; h++) {
+                lay_out(there.values, h * size, there.count, size, padded, tile);
+                weigh_all(here, scores + h * rows * TILE, rows, scratch.sums.data() + h * rows * padded);
+            }
+        }
+    }
+    for (int64_t i = 0; i < task.heads * rows; i++) {
+        const int64_t row = i % rows, head = (task.head + i / rows) * group + row % group;
         for (int64_t d = 0; d < padded; d += LANES)
-            put(row0 + row / group, head, d, load(scratch.sums.data() + row * padded + d) / scratch.total[row]);
+            put(row0 + row / group, head, d, load(scratch.sums.data() + i * padded + d) / scratch.total[i]);
     }
 }

@@ -146,6 +146,12 @@ class NativeLayers:
                     hidden += linear.total(part)
         return hidden
 
+    def spent(self) -> dict[str, float]:
+        """Seconds so far: in linears, in attention, and in what is done row by row."""
+        seconds = np.zeros(3)
+        self._threads.library.run("model_spent", self._model, address(seconds))
+        return dict(zip(("linears", "attention", "rows"), seconds.tolist(), strict=True))
+
     def _layers_over(self, pool: KVPool) -> "ctypes.Array[Layer]":
         places = []
         for number, (layer, norms) in enumerate(zip(self.layers, self._norms, strict=True)):

@@ -97,6 +97,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "attend": (c_int, [POINTER(Paged), c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int64, c_void_p, c_void_p]),
     "model": (c_void_p, [POINTER(Dimensions), c_int, c_void_p]),
     "model_free": (None, [c_void_p]),
+    "model_spent": (None, [c_void_p, c_void_p]),
     "layers": (c_int, [c_void_p, POINTER(Batch), POINTER(Layer), c_int64, c_int64]),
     "attention_part": (c_int, [c_void_p, POINTER(Batch), POINTER(Layer), c_void_p]),
     "mlp_part": (c_int, [c_void_p, POINTER(Batch), POINTER(Layer), c_void_p]),

@@ -6,6 +6,7 @@
 //     norm -> gate and up, silu, product -> down (+ hidden)
 //
 // Structs and functions at the end are called through ctypes (workers/native/library.py) and must agree with what stands there.
+#include <chrono>
 #include <memory>
 
 #include "attention.h"
@@ -60,9 +61,26 @@ class Buffer {
     int64_t size_ = 0;
 };
 
+// Seconds that the calling thread has spent in each kind of work, waiting for the others included.
+struct Spent {
+    double linears, attention, rows;
+};
+
+// Adds the time of its own life.
+class Clock {
+  public:
+    explicit Clock(double& to) : to_(to) {}
+    ~Clock() { to_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - began_).count(); }
+
+  private:
+    double& to_;
+    const std::chrono::steady_clock::time_point began_ = std::chrono::steady_clock::now();
+};
+
 class Model {
   public:
     virtual ~Model() = default;
+    Spent spent{};
     // Layers [first, end), added to batch.hidden.
     virtual void layers(const Batch& batch, const Layer* all, int64_t first, int64_t end) = 0;
     // Half a layer, not added: this rank's part of a sum, into `to` [num_tokens, hidden].
@@ -80,7 +98,7 @@ class Decoder final : public Model {
 
     void layers(const Batch& batch, const Layer* all, int64_t first, int64_t end) override {
         threads_.begin();
-        const std::vector<Task> tasks = tasks_of(batch.paged);
+        const std::vector<Task> tasks = tasks_of(batch.paged, threads_.count());
         for (int64_t i = first; i < end; i++) {
             const X* attended = attention(batch, all[i], tasks);
             add(*all[i].output, attended, attended_stride(), batch);
@@ -92,7 +110,7 @@ class Decoder final : public Model {
 
     void attention_part(const Batch& batch, const Layer& layer, float* to) override {
         threads_.begin();
-        const X* attended = attention(batch, layer, tasks_of(batch.paged));
+        const X* attended = attention(batch, layer, tasks_of(batch.paged, threads_.count()));
         put(*layer.output, attended, attended_stride(), batch.num_tokens, to);
         threads_.end();
     }
@@ -120,6 +138,7 @@ class Decoder final : public Model {
 
     const X* normed(const Batch& batch, const float* weight) {
         X* to = normed_.fit(batch.num_tokens * hidden_stride());
+        Clock clock(spent.rows);
         each_row(batch.num_tokens, [&](int64_t row) {
             norm_row<W>(to + row * hidden_stride(), batch.hidden + row * d_.hidden, weight, d_.hidden, d_.eps);
         });
@@ -133,8 +152,17 @@ class Decoder final : public Model {
         put(*layer.qkv, x, hidden_stride(), n, qkv);
 
         float* queries = queries_.fit(n * d_.num_heads * padded_);
+        turn(batch, layer, qkv, width, queries);
+        X* attended = attended_.fit(n * attended_stride());
+        attend_all(batch, layer, tasks, queries, attended);
+        return attended;
+    }
+
+    // Norms of heads and rotary embedding; keys and values go to the pool.
+    void turn(const Batch& batch, const Layer& layer, float* qkv, int64_t width, float* queries) {
+        Clock clock(spent.rows);
         W *keys = static_cast<W*>(layer.keys), *values = static_cast<W*>(layer.values);
-        each_row(n, [&](int64_t row) {
+        each_row(batch.num_tokens, [&](int64_t row) {
             const int64_t size = d_.head_dim, kv = d_.num_kv_heads;
             const float *cos = batch.cos + batch.positions[row] * (size / 2), *sin = batch.sin + batch.positions[row] * (size / 2);
             float* head = qkv + row * width;
@@ -150,8 +178,11 @@ class Decoder final : public Model {
             }
             for (int64_t i = 0; i < kv; i++, head += size) store_head(values + (batch.slots[row] * kv + i) * size, head, size);
         });
+    }
 
-        X* attended = attended_.fit(n * attended_stride());
+    void attend_all(const Batch& batch, const Layer& layer, const std::vector<Task>& tasks, const float* queries, X* attended) {
+        Clock clock(spent.attention);
+        const W *keys = static_cast<W*>(layer.keys), *values = static_cast<W*>(layer.values);
         threads_.run(tasks.size(), [&](int64_t i, int thread) {
             attend(batch.paged, tasks[i], queries, padded_, keys, values, layer.window, scratch_[thread],
                    [&](int64_t row, int64_t head, int64_t d, Floats v) {
@@ -165,14 +196,14 @@ class Decoder final : public Model {
                        }
                    });
         });
-        clear_behind(attended, n, d_.num_heads * d_.head_dim, attended_stride());
-        return attended;
+        clear_behind(attended, batch.num_tokens, d_.num_heads * d_.head_dim, attended_stride());
     }
 
     const X* mlp(const Batch& batch, const Layer& layer) {
         const X* x = normed(batch, layer.mlp_norm);
         X* inner = inner_.fit(batch.num_tokens * inner_stride());
         const int64_t stride = inner_stride();
+        Clock clock(spent.linears);
         linear<W>(*layer.gate_up, x, hidden_stride(), batch.num_tokens, threads_, [=](int64_t row, int64_t panel, const Floats* y) {
             X* to = inner + row * stride + panel * (WIDTH / 2);
             for (int v = 0; v < VECTORS / 2; v++) Activation<W>::put(to + v * LANES, silu(y[v]) * y[VECTORS / 2 + v]);
@@ -200,6 +231,7 @@ class Decoder final : public Model {
     template <class F, class G>
     void each_vector(const Packed& packed, const X* x, int64_t stride, int64_t rows, float* to, const F& whole, const G& one) {
         const int64_t outputs = packed.outputs;
+        Clock clock(spent.linears);
         linear<W>(packed, x, stride, rows, threads_, [=](int64_t row, int64_t panel, const Floats* y) {
             for (int v = 0; v < VECTORS; v++) {
                 const int64_t column = panel * WIDTH + v * LANES;
@@ -245,7 +277,7 @@ void attend_alone(const Paged& paged, const float* queries, int64_t num_tokens, 
     std::vector<float> wide(num_tokens * paged.num_heads * padded);
     for (int64_t i = 0; i < num_tokens * paged.num_heads; i++) memcpy(wide.data() + i * padded, queries + i * size, size * sizeof(float));
     std::vector<AttentionScratch> scratch(threads.count());
-    const std::vector<Task> tasks = tasks_of(paged);
+    const std::vector<Task> tasks = tasks_of(paged, threads.count());
     threads.begin();
     threads.run(tasks.size(), [&](int64_t i, int thread) {
         attend(paged, tasks[i], wide.data(), padded, static_cast<const KV*>(keys), static_cast<const KV*>(values), window, scratch[thread],
@@ -320,6 +352,8 @@ void* rayline_model(const Dimensions* dimensions, int half, void* threads) {
         return nullptr;
     }
 }
+
+void rayline_model_spent(const void* model, double* to) { memcpy(to, &static_cast<const Model*>(model)->spent, sizeof(Spent)); }
 
 void rayline_model_free(void* model) { delete static_cast<Model*>(model); }
 

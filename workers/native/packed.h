@@ -130,16 +130,26 @@ inline void multiply(const bf16* x, int64_t stride, const bf16* weights, int64_t
 template <int ROWS, int COUNT>
 inline void multiply(const float* x, int64_t stride, const bf16* weights, int64_t panel_size, int64_t depth, Floats (&sums)[ROWS][COUNT * VECTORS]) {
     for (int64_t i = 0; i < depth; i += 2) {
+        Words pairs[COUNT * VECTORS];
+        Floats w[COUNT * VECTORS];
 #pragma GCC unroll 16
         for (int v = 0; v < COUNT * VECTORS; v++) {
-            Words pairs;
-            memcpy(&pairs, weights + v / VECTORS * panel_size + i * WIDTH + v % VECTORS * LANES * 2, sizeof pairs);
-            Floats first = as_floats(pairs << 16), second = as_floats(pairs & 0xffff0000);
+            memcpy(&pairs[v], weights + v / VECTORS * panel_size + i * WIDTH + v % VECTORS * LANES * 2, sizeof pairs[v]);
+            w[v] = as_floats(pairs[v] & 0xffff0000);
+        }
 #pragma GCC unroll 16
-            for (int row = 0; row < ROWS; row++) {
-                sums[row][v] = fma(all(x[row * stride + i + 1]), second, sums[row][v]);
-                sums[row][v] = fma(all(x[row * stride + i]), first, sums[row][v]);
-            }
+        for (int row = 0; row < ROWS; row++) {
+            Floats value = all(x[row * stride + i + 1]);
+#pragma GCC unroll 16
+            for (int v = 0; v < COUNT * VECTORS; v++) sums[row][v] = fma(value, w[v], sums[row][v]);
+        }
+#pragma GCC unroll 16
+        for (int v = 0; v < COUNT * VECTORS; v++) w[v] = as_floats(pairs[v] << 16);
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; row++) {
+            Floats value = all(x[row * stride + i]);
+#pragma GCC unroll 16
+            for (int v = 0; v < COUNT * VECTORS; v++) sums[row][v] = fma(value, w[v], sums[row][v]);
         }
     }
 }
