@@ -219,30 +219,13 @@ class Decoder final : public Model {
     }
 
     void add(const Packed& packed, const X* x, int64_t stride, const Batch& batch) {
-        each_vector(packed, x, stride, batch.num_tokens, batch.hidden, [](float* to, Floats y) { store(to, load(to) + y); },
-                    [](float* to, float y) { *to += y; });
+        Clock clock(spent.linears);
+        linear_to<W>(packed, x, stride, batch.num_tokens, threads_, batch.hidden, [](float* to, Floats y) { store(to, load(to) + y); });
     }
 
     void put(const Packed& packed, const X* x, int64_t stride, int64_t rows, float* to) {
-        each_vector(packed, x, stride, rows, to, [](float* to, Floats y) { store(to, y); }, [](float* to, float y) { *to = y; });
-    }
-
-    // [rows, outputs]: whole vectors, and one by one what is left of the last panel.
-    template <class F, class G>
-    void each_vector(const Packed& packed, const X* x, int64_t stride, int64_t rows, float* to, const F& whole, const G& one) {
-        const int64_t outputs = packed.outputs;
         Clock clock(spent.linears);
-        linear<W>(packed, x, stride, rows, threads_, [=](int64_t row, int64_t panel, const Floats* y) {
-            for (int v = 0; v < VECTORS; v++) {
-                const int64_t column = panel * WIDTH + v * LANES;
-                float* at = to + row * outputs + column;
-                if (column + LANES <= outputs) {
-                    whole(at, y[v]);
-                } else {
-                    for (int i = 0; column + i < outputs; i++) one(at + i, y[v][i]);
-                }
-            }
-        });
+        linear_to<W>(packed, x, stride, rows, threads_, to, [](float* to, Floats y) { store(to, y); });
     }
 
     const Dimensions d_;
@@ -261,12 +244,16 @@ void multiply_alone(const Packed& packed, const float* x, int64_t rows, float* y
     X* taken = buffer.fit(rows * stride);
     threads.begin();
     threads.run(rows, [&](int64_t row, int) { put_row<W>(taken + row * stride, x + row * packed.inputs, packed.inputs); });
-    linear<W>(packed, taken, stride, rows, threads, [&](int64_t row, int64_t panel, const Floats* v) {
-        for (int i = 0; i < WIDTH; i++) {
-            const int64_t output = packed.output(panel, i);
-            if (output < outputs) y[row * outputs + output] = v[i / LANES][i % LANES];
-        }
-    });
+    if (packed.paired) {
+        linear<W>(packed, taken, stride, rows, threads, [&](int64_t row, int64_t panel, const Floats* v) {
+            for (int i = 0; i < WIDTH; i++) {
+                const int64_t output = packed.output(panel, i);
+                if (output < outputs) y[row * outputs + output] = v[i / LANES][i % LANES];
+            }
+        });
+    } else {
+        linear_to<W>(packed, taken, stride, rows, threads, y, [](float* to, Floats v) { store(to, v); });
+    }
     threads.end();
 }
 

@@ -214,3 +214,24 @@ void linear(const Packed& packed, const X* x, int64_t stride, int64_t rows, Thre
         }
     });
 }
+
+// The same into fp32 rows `to` [rows, outputs]: emit(place, vector) for each vector of outputs, in W's order (not of paired weights).
+// Of a last one that is not whole, what is there is copied out and back.
+template <class W, class X, class E>
+void linear_to(const Packed& packed, const X* x, int64_t stride, int64_t rows, Threads& threads, float* to, const E& emit) {
+    const int64_t outputs = packed.outputs;
+    linear<W>(packed, x, stride, rows, threads, [=](int64_t row, int64_t panel, const Floats* y) {
+        for (int v = 0; v < VECTORS; v++) {
+            const int64_t column = panel * WIDTH + v * LANES, left = outputs - column;
+            float* at = to + row * outputs + column;
+            if (left >= LANES) {
+                emit(at, y[v]);
+            } else if (left > 0) {
+                float some[LANES] = {};
+                memcpy(some, at, left * sizeof(float));
+                emit(some, y[v]);
+                memcpy(at, some, left * sizeof(float));
+            }
+        }
+    });
+}

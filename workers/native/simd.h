@@ -68,13 +68,16 @@ inline Floats fma(Floats a, Floats b, Floats c) {
 
 inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
 
+#if RAYLINE_AVX512
+inline __m256 folded(Floats v) { return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1)); }
+#elif RAYLINE_AVX2
+inline __m256 folded(Floats v) { return (__m256)v; }
+#endif
+
 // The sums of four vectors' elements, each by the same tree.
 inline void sums4(Floats a, Floats b, Floats c, Floats d, float* to) {
-#if RAYLINE_AVX512
-    to[0] = _mm512_reduce_add_ps((__m512)a), to[1] = _mm512_reduce_add_ps((__m512)b);
-    to[2] = _mm512_reduce_add_ps((__m512)c), to[3] = _mm512_reduce_add_ps((__m512)d);
-#elif RAYLINE_AVX2
-    __m256 ab = _mm256_hadd_ps((__m256)a, (__m256)b), cd = _mm256_hadd_ps((__m256)c, (__m256)d);
+#if RAYLINE_AVX512 || RAYLINE_AVX2
+    __m256 ab = _mm256_hadd_ps(folded(a), folded(b)), cd = _mm256_hadd_ps(folded(c), folded(d));
     __m256 abcd = _mm256_hadd_ps(ab, cd);
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 #else

@@ -1,0 +1,97 @@
+// AVX-512 for a CPU that has none: the few instructions that the native kernels name, in plain C++. Included before them, it has the
+// AVX-512 paths compiled and tested anywhere. With -DEMULATE_BF16 the product of bf16 pairs too, as the instruction rounds it (second
+// element of a pair first; that denormals count as 0 there is left out).
+#pragma once
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define __AVX512F__ 1
+#define __AVX512BW__ 1
+#define __AVX512DQ__ 1
+#define __AVX512VL__ 1
+#ifdef EMULATE_BF16
+#define __AVX512BF16__ 1
+#endif
+
+namespace emulated {
+
+typedef float F16 __attribute__((vector_size(64)));
+typedef uint32_t U16 __attribute__((vector_size(64)));
+
+inline __m512 fmadd(__m512 a, __m512 b, __m512 c) {
+    F16 r;
+    for (int i = 0; i < 16; i++) r[i] = std::fma(((F16)a)[i], ((F16)b)[i], ((F16)c)[i]);
+    return (__m512)r;
+}
+
+inline __m256 low(__m512 v) {
+    __m256 r;
+    memcpy(&r, &v, 32);
+    return r;
+}
+
+inline __m256 half(__m512 v, int which) {
+    __m256 r;
+    memcpy(&r, reinterpret_cast<const char*>(&v) + 32 * which, 32);
+    return r;
+}
+
+inline __m512i widen(__m256i v) {
+    uint16_t from[16];
+    memcpy(from, &v, 32);
+    U16 r;
+    for (int i = 0; i < 16; i++) r[i] = from[i];
+    return (__m512i)r;
+}
+
+inline __m256i narrow(__m512i v) {
+    uint16_t to[16];
+    for (int i = 0; i < 16; i++) to[i] = (uint16_t)((U16)v)[i];
+    __m256i r;
+    memcpy(&r, to, 32);
+    return r;
+}
+
+inline __m512i load(const void* from) {
+    __m512i v;
+    memcpy(&v, from, 64);
+    return v;
+}
+
+inline __m512i all(int32_t x) {
+    U16 r;
+    for (int i = 0; i < 16; i++) r[i] = (uint32_t)x;
+    return (__m512i)r;
+}
+
+inline float upper(uint32_t bits) {
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
+    F16 r = (F16)sum;
+    for (int i = 0; i < 16; i++) {
+        const uint32_t x = ((U16)a)[i], y = ((U16)b)[i];
+        r[i] = std::fma(upper(x << 16), upper(y << 16), std::fma(upper(x & 0xffff0000), upper(y & 0xffff0000), r[i]));
+    }
+    return (__m512)r;
+}
+
+}  // namespace emulated
+
+#define _mm512_fmadd_ps emulated::fmadd
+#define _mm512_castps512_ps256 emulated::low
+#undef _mm512_extractf32x8_ps
+#define _mm512_extractf32x8_ps emulated::half
+#define _mm512_cvtepu16_epi32 emulated::widen
+#undef _mm512_slli_epi32
+#define _mm512_slli_epi32(v, n) ((__m512i)((emulated::U16)(v) << (n)))
+#define _mm512_cvtepi32_epi16 emulated::narrow
+#define _mm512_loadu_si512 emulated::load
+#define _mm512_set1_epi32 emulated::all
+#define _mm512_dpbf16_ps(sum, a, b) emulated::dot(sum, (__m512i)(a), (__m512i)(b))
