@@ -1,6 +1,7 @@
 """What a decoder is computed by: torch's operators anywhere, the native kernels on CPUs."""
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -43,6 +44,9 @@ class Kernels(Protocol):
     def attention(self, pool: KVPool, windows: Sequence[int | None]) -> AttentionBackend:
         """Over a pool, for layers with these sliding windows."""
 
+    def awake(self) -> AbstractContextManager[object]:
+        """Held while a step runs: its threads need not be woken for each part."""
+
 
 class TorchKernels:
     """torch's operators."""
@@ -72,6 +76,10 @@ class TorchKernels:
     def attention(self, pool: KVPool, windows: Sequence[int | None]) -> AttentionBackend:
         """See Kernels."""
         return make_attention(self._attention, pool, windows)
+
+    def awake(self) -> AbstractContextManager[object]:
+        """See Kernels."""
+        return nullcontext()
 
 
 def choose_kernels(config: Config, device: torch.device) -> Kernels:

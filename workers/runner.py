@@ -99,10 +99,11 @@ class ModelRunner:
         self._move(plan)
         result = StepResult(epoch=plan.epoch, step=plan.step, results=[])
         if spans:
-            hidden = self.forward(spans, incoming)
-            if self.decoder.part.judges:
-                self._answer(hidden, spans, result)
-            elif self._handoff is not None:
+            with self.decoder.kernels.awake():
+                hidden = self.forward(spans, incoming)
+                if self.decoder.part.judges:
+                    self._answer(hidden, spans, result)
+            if self._handoff is not None and not self.decoder.part.judges:
                 self._handoff.send(hidden)
         if self._device.type == "cuda" and self.decoder.part.judges:  # nobody else waits: so many plans, and no more, are queued
             torch.cuda.current_stream(self._device).synchronize()

@@ -59,6 +59,10 @@ class NativeKernels:
         """See Kernels."""
         return NativeAttention(pool, windows, self.threads)
 
+    def awake(self) -> Threads:
+        """See Kernels."""
+        return self.threads
+
 
 class NativeAttention:
     """See workers.attention.AttentionBackend."""

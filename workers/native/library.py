@@ -10,7 +10,7 @@ import logging
 import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_void_p
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -91,6 +91,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "instructions": (c_char_p, []),
     "threads": (c_void_p, [c_int]),
     "threads_free": (None, [c_void_p]),
+    "begin": (None, [c_void_p]),
+    "end": (None, [c_void_p]),
     "pack": (c_void_p, [c_void_p, c_void_p, c_int64, c_int64, c_int, c_int, c_void_p]),
     "pack_free": (None, [c_void_p]),
     "linear": (c_int, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
@@ -155,6 +157,14 @@ class Threads:
     def __init__(self, library: Library, count: int) -> None:
         self.library = library
         self.handle = library.make("threads", self, count)
+
+    def __enter__(self) -> Self:
+        """They wait actively from now on: a step begins."""
+        self.library.run("begin", self.handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.library.run("end", self.handle)
 
 
 class PackedLinear:

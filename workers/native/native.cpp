@@ -291,6 +291,10 @@ void* rayline_threads(int count) {
     }
 }
 
+void rayline_begin(void* threads) { static_cast<Threads*>(threads)->begin(); }
+
+void rayline_end(void* threads) { static_cast<Threads*>(threads)->end(); }
+
 void rayline_threads_free(void* threads) { delete static_cast<Threads*>(threads); }
 
 // weights [outputs, inputs] of bf16 (half) or fp32, bias [outputs] fp32 or none -> a Packed. paired: gate over up.

@@ -203,9 +203,8 @@ void linear(const Packed& packed, const X* x, int64_t stride, int64_t rows, Thre
     const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
     const int64_t panel_bytes = packed.depth * WIDTH * (int64_t)sizeof(W);
     const int64_t share = (packed.panels + threads.count() - 1) / threads.count();
-    int64_t group = std::min(std::max<int64_t>(RESIDENT / panel_bytes, 4), share);
-    if (packed.panels > 8 * threads.count()) group = std::min(group, (packed.panels + 4 * threads.count() - 1) / (4 * threads.count()));
-    group = std::max<int64_t>(group, 1);
+    const int64_t even = packed.panels / (16 * threads.count());  // small enough that nobody waits long for the last one
+    const int64_t group = std::max<int64_t>(1, std::min(std::min(RESIDENT / panel_bytes, share), std::max<int64_t>(even, beside<1>())));
     threads.run((packed.panels + group - 1) / group, [&](int64_t task, int) {
         const int64_t first = task * group, end = std::min(packed.panels, first + group);
         for (int64_t block = 0; block < blocks; block++) {  // sizes differ by one at most

@@ -30,8 +30,9 @@ class Threads {
 
     int count() const { return count_; }
 
+    // Begins and ends nest.
     void begin() {
-        if (workers_.empty()) return;
+        if (begun_++ > 0 || workers_.empty()) return;
         {
             std::lock_guard<std::mutex> hold(mutex_);
             active_.store(true, std::memory_order_release);
@@ -39,7 +40,9 @@ class Threads {
         wake_.notify_all();
     }
 
-    void end() { active_.store(false, std::memory_order_release); }
+    void end() {
+        if (--begun_ == 0) active_.store(false, std::memory_order_release);
+    }
 
     // f(task, thread) for each task in [0, tasks), in any order; returns when all are done.
     template <class F>
@@ -98,7 +101,7 @@ class Threads {
     }
 
     static constexpr uint64_t MASK = (1 << 24) - 1;
-    int count_;
+    int count_, begun_ = 0;
     std::vector<std::thread> workers_;
     std::mutex mutex_;
     std::condition_variable wake_;
