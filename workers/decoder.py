@@ -11,6 +11,7 @@ A Decoder holds a rank's part of the model: some layers, and of each some heads 
 computed; workers/native does the same on CPUs in C++.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -58,6 +59,10 @@ class TokenBatch:
     attention: AttentionStep
 
 
+Norm = Callable[[Tensor], Tensor]
+"""[n, hidden] -> the same, normed and weighted."""
+
+
 class LayerStack(Protocol):
     """A rank's layers, however they are computed."""
 
@@ -83,7 +88,7 @@ class Decoder:
     embedding: Embedding | None
     """In the first stage."""
     stack: LayerStack
-    final_norm: Tensor | None
+    final_norm: Norm | None
     """In the last stage."""
     lm_head: LogitsHead | None
     """In the last stage."""
@@ -103,7 +108,7 @@ class Decoder:
         """[n, hidden] rows of `forward` -> [n, vocab] fp32. In the last stage only, there by all ranks."""
         assert self.lm_head is not None
         assert self.final_norm is not None
-        return self.lm_head(rms_norm(hidden, self.final_norm, self.shape.rms_norm_eps))
+        return self.lm_head(self.final_norm(hidden))
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """How one sequence's tokens are to be drawn, worked out once when it enters."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ class DrawSetup:
             np.array(params.stop_token_ids if params.min_tokens > 0 else (), dtype=np.int64),
         )
 
-    @property
+    @cached_property
     def candidates(self) -> int:
         """So many likeliest tokens are told of a beam: all stop tokens may be among them, and still enough are left to go on with.
         0 where a token is drawn."""
@@ -48,23 +49,28 @@ class DrawSetup:
             return 0
         return max(params.beam_width + len(params.stop_token_ids), params.logprobs or 0)
 
-    @property
+    @cached_property
     def greedy(self) -> bool:
         """Arg-max after penalties and bias."""
         return self.params.temperature < _COLDEST
 
-    @property
+    @cached_property
     def penalized(self) -> bool:
         """Some penalty changes logits of tokens that were seen."""
         p = self.params
         return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
 
-    @property
+    @cached_property
     def adjusted(self) -> bool:
         """Logits are changed before the draw."""
         return self.penalized or len(self.bias_ids) > 0 or len(self.stop_ids) > 0
 
-    @property
+    @cached_property
     def filtered(self) -> bool:
         """Some tokens can't be drawn."""
         return self.params.top_k > 0 or self.params.top_p < 1.0 or self.params.min_p > 0.0
+
+    @cached_property
+    def simple(self) -> bool:
+        """The likeliest token, and nothing is told of it."""
+        return self.greedy and not (self.adjusted or self.candidates or self.params.logprobs is not None)

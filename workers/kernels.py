@@ -14,7 +14,7 @@ from parallel.linear import Linear, Multiply, cpu_computes_bfloat16
 from parallel.partition import Partition
 from parallel.vocabulary import WideLinear
 from workers.attention import AttentionBackend, make_attention
-from workers.decoder import DecoderLayer, LayerStack, TorchLayers
+from workers.decoder import DecoderLayer, LayerStack, Norm, TorchLayers, rms_norm
 from workers.rope import Rope
 
 
@@ -29,6 +29,9 @@ class Kernels(Protocol):
 
     def gate_up(self, weight: Tensor, bias: Tensor | None) -> Multiply:
         """The same of gate over up, whose outputs are multiplied in the stack."""
+
+    def norm(self, weight: Tensor, eps: float) -> Norm:
+        """RMSNorm with `weight` [hidden]."""
 
     def head(self, weight: Tensor, dtype: torch.dtype) -> Multiply:
         """The lm_head [vocab, hidden], whose output is fp32, for hidden states computed in dtype."""
@@ -58,6 +61,10 @@ class TorchKernels:
         """attention: see make_attention."""
         self._attention = attention
         self.cpu_dtypes: Collection[torch.dtype] = (torch.float32, torch.bfloat16) if cpu_computes_bfloat16() else (torch.float32,)
+
+    def norm(self, weight: Tensor, eps: float) -> Norm:
+        """See Kernels."""
+        return lambda x: rms_norm(x, weight, eps)
 
     def head(self, weight: Tensor, dtype: torch.dtype) -> Multiply:
         """See Kernels."""

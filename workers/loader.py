@@ -57,7 +57,7 @@ def load_decoder(
             dtype=dtype,
             embedding=Embedding(rows, part.own_vocab.start, hidden_dtype, peers) if rows is not None and part.embeds else None,
             stack=kernels.stack(shape, part, layers, rope, dtype),
-            final_norm=loader.vector(_FINAL_NORM, shape.hidden_size) if part.judges else None,
+            final_norm=kernels.norm(loader.vector(_FINAL_NORM, shape.hidden_size), shape.rms_norm_eps) if part.judges else None,
             lm_head=head,
         )
         loader.finish()

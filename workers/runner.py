@@ -152,8 +152,9 @@ class ModelRunner:
         sampled = [i for i, span in enumerate(spans) if span.sample]
         if not sampled:
             return []
-        rows = self._to_device(last_rows[sampled])
-        logits = self.decoder.logits(hidden.index_select(0, rows))
+        if len(sampled) < len(hidden):  # not only decodes
+            hidden = hidden.index_select(0, self._to_device(last_rows[sampled]))
+        logits = self.decoder.logits(hidden)
         if self._sampler is None:
             return []
         drawing = [spans[i] for i in sampled]

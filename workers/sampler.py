@@ -39,6 +39,8 @@ class Sampler:
         The token drawn after a span has the position span.end in its sequence: the noise depends on it.
         """
         setups = [span.state.draws for span in spans]
+        if all(setup.simple for setup in setups):
+            return [Draw(token, None) for token in argmax(logits).tolist()]
         if any(setup.candidates for setup in setups):
             return self._draw_mixed(logits, spans, [i for i, setup in enumerate(setups) if setup.candidates])
         reporting = [i for i, setup in enumerate(setups) if setup.params.logprobs is not None]

@@ -20,7 +20,7 @@ from kv.pool import KVPool
 from parallel.linear import Multiply
 from parallel.partition import Partition
 from workers.attention.spans import PagedSpans
-from workers.decoder import DecoderLayer, TokenBatch
+from workers.decoder import DecoderLayer, Norm, TokenBatch
 from workers.native.library import DTYPES, Batch, Dimensions, Layer, Library, PackedLinear, Paged, Threads, address
 from workers.rope import Rope
 
@@ -40,6 +40,17 @@ class NativeKernels:
     def gate_up(self, weight: Tensor, bias: Tensor | None) -> Multiply:
         """See Kernels; the result is for a NativeLayers only."""
         return PackedLinear(weight, bias, self.threads, paired=True)
+
+    def norm(self, weight: Tensor, eps: float) -> Norm:
+        """See Kernels: in fp32."""
+        wide, library = weight.float().contiguous(), self.threads.library
+
+        def norm(x: Tensor) -> Tensor:
+            y = torch.empty_like(x)
+            library.run("norm", x.data_ptr(), len(x), len(wide), wide.data_ptr(), eps, y.data_ptr())
+            return y
+
+        return norm
 
     def head(self, weight: Tensor, dtype: torch.dtype) -> Multiply:
         """See Kernels: in dtype, which hidden states are rounded to."""

@@ -96,6 +96,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "pack": (c_void_p, [c_void_p, c_void_p, c_int64, c_int64, c_int, c_int, c_void_p]),
     "pack_free": (None, [c_void_p]),
     "linear": (c_int, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
+    "norm": (None, [c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p]),
     "attend": (c_int, [POINTER(Paged), c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int64, c_void_p, c_void_p]),
     "model": (c_void_p, [POINTER(Dimensions), c_int, c_void_p]),
     "model_free": (None, [c_void_p]),
@@ -132,7 +133,8 @@ class Library:
         made: int | None = self._functions[kind](*arguments)
         if not made:
             raise MemoryError(f"no memory for {kind}")
-        weakref.finalize(owner, self._functions[f"{kind}_free"], made)
+        # Not when the process ends: a thread may still compute then, and the memory goes with the process anyway.
+        weakref.finalize(owner, self._functions[f"{kind}_free"], made).atexit = False
         return made
 
     def run(self, name: str, *arguments: Any) -> None:

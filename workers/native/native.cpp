@@ -322,6 +322,14 @@ int rayline_linear(const void* packed, const float* x, int64_t rows, float* y, v
     }
 }
 
+// RMSNorm of x [rows, n] fp32 with weight [n] -> y, alike.
+void rayline_norm(const float* x, int64_t rows, int64_t n, const float* weight, float eps, float* y) {
+    for (int64_t row = 0; row < rows; row++, x += n, y += n) {
+        const float scale = inverse_rms(x, n, eps);
+        for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+    }
+}
+
 // queries [num_tokens, heads, head_dim] -> to, alike.
 int rayline_attend(const Paged* paged, const float* queries, int64_t num_tokens, const void* keys, const void* values, int half, int64_t window,
                    float* to, void* threads) {
