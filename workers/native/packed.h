@@ -12,8 +12,9 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstdlib>
+#include <memory>
 #include <new>
+#include <vector>
 
 #include "simd.h"
 #include "threads.h"
@@ -24,25 +25,35 @@ constexpr int BLOCK = 6;                  // rows at a time: their accumulators,
 constexpr int64_t RESIDENT = 192 << 10;  // bytes of panels that a row block passes over before the next row block
 constexpr int64_t HUGE_PAGE = 2 << 20;
 
-// Zeros on huge pages, where the kernel has some.
-inline void* reserve(int64_t bytes) {
-    bytes = round_up(std::max<int64_t>(bytes, 1), HUGE_PAGE);
-    void* memory = aligned_alloc(HUGE_PAGE, bytes);
-    if (!memory) throw std::bad_alloc();
-    madvise(memory, bytes, MADV_HUGEPAGE);
-    memset(memory, 0, bytes);
-    return memory;
-}
+// Zeros, on huge pages where the system has some.
+class Zeros {
+  public:
+    explicit Zeros(int64_t bytes) : size_(round_up(bytes, HUGE_PAGE) + HUGE_PAGE) {
+        base_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (base_ == MAP_FAILED) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+        madvise(base_, size_, MADV_HUGEPAGE);
+#endif
+    }
+    ~Zeros() { munmap(base_, size_); }
+    Zeros(const Zeros&) = delete;
+
+    char* at() const { return reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(base_), HUGE_PAGE)); }
+
+  private:
+    int64_t size_;
+    void* base_;
+};
 
 struct Packed {
     int64_t outputs, inputs;
     int64_t panels, depth;  // depth: inputs, of bf16 rounded up to even
     bool half;               // bf16, else fp32
     bool paired;             // each panel: WIDTH / 2 outputs of the first half of W, and those WIDTH / 2 of the second half beside them
-    void* weights;
-    float* bias;  // [panels * WIDTH] in the order of the panels, or none
+    Zeros memory;
+    std::vector<float> bias;  // [panels * WIDTH] in the order of the panels, or none
 
-    ~Packed() { free(weights), free(bias); }
+    char* weights() const { return memory.at(); }
 
     // The output of W in column `column` of panel `panel`; none: outputs or more.
     int64_t output(int64_t panel, int column) const {
@@ -55,7 +66,7 @@ struct Packed {
 
 template <class W>
 void pack_panel(const Packed& packed, const W* from, int64_t panel) {
-    W* to = static_cast<W*>(packed.weights) + panel * packed.depth * WIDTH;
+    W* to = reinterpret_cast<W*>(packed.weights()) + panel * packed.depth * WIDTH;
     constexpr int step = sizeof(W) == 2 ? 2 : 1;
     for (int column = 0; column < WIDTH; column++) {
         int64_t output = packed.output(panel, column);
@@ -70,20 +81,19 @@ Packed* pack(const W* from, const float* bias, int64_t outputs, int64_t inputs, 
     bool half = sizeof(W) == 2;
     int64_t columns = paired ? round_up(outputs / 2, WIDTH / 2) * 2 : round_up(outputs, WIDTH);
     int64_t panels = columns / WIDTH, depth = round_up(inputs, half ? 2 : 1);
-    Packed* packed = new Packed{outputs, inputs, panels, depth, half, paired, nullptr, nullptr};
-    packed->weights = reserve(panels * depth * WIDTH * sizeof(W));
+    const int64_t bytes = panels * depth * WIDTH * (int64_t)sizeof(W);
+    std::unique_ptr<Packed> packed(new Packed{outputs, inputs, panels, depth, half, paired, Zeros(bytes), {}});
     threads.begin();
     threads.run(panels, [&](int64_t panel, int) { pack_panel(*packed, from, panel); });
     threads.end();
     if (bias) {
-        packed->bias = static_cast<float*>(calloc(panels * WIDTH, sizeof(float)));
-        if (!packed->bias) throw std::bad_alloc();
+        packed->bias.resize(panels * WIDTH);
         for (int64_t at = 0; at < panels * WIDTH; at++) {
             int64_t output = packed->output(at / WIDTH, at % WIDTH);
             if (output < outputs) packed->bias[at] = bias[output];
         }
     }
-    return packed;
+    return packed.release();
 }
 
 // --- products of a few rows and a few panels, all inputs ------------------------------------------------------------
@@ -159,8 +169,8 @@ template <int ROWS, int COUNT, class W, class X>
 __attribute__((noinline)) void tile(const Packed& packed, const X* x, int64_t stride, int64_t panel, Floats* to) {
     Floats sums[ROWS][COUNT * VECTORS] = {};
     const int64_t panel_size = packed.depth * WIDTH;
-    multiply<ROWS, COUNT>(x, stride, static_cast<const W*>(packed.weights) + panel * panel_size, panel_size, packed.depth, sums);
-    const float* bias = packed.bias ? packed.bias + panel * WIDTH : nullptr;
+    multiply<ROWS, COUNT>(x, stride, reinterpret_cast<const W*>(packed.weights()) + panel * panel_size, panel_size, packed.depth, sums);
+    const float* bias = packed.bias.empty() ? nullptr : packed.bias.data() + panel * WIDTH;
     for (int row = 0; row < ROWS; row++)
         for (int v = 0; v < COUNT * VECTORS; v++) to[row * COUNT * VECTORS + v] = bias ? sums[row][v] + load(bias + v * LANES) : sums[row][v];
 }
