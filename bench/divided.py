@@ -60,7 +60,8 @@ class Divided:
         self._ranks.close()
 
     def _handed_on(self, stage: int, spans: Sequence[Span], hidden: Tensor) -> Tensor:
-        return self._at_once(stage, lambda runner: runner.forward(spans, hidden.to(runner.pool.keys.device)))
+        """Each rank gets a copy of its own, which it may overwrite."""
+        return self._at_once(stage, lambda runner: runner.forward(spans, hidden.to(runner.pool.keys.device, copy=True)))
 
     def _at_once(self, stage: int, call: Callable[[ModelRunner], Tensor]) -> Tensor:
         """Call all ranks of a stage at once; what its first rank returns."""

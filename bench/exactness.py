@@ -34,7 +34,7 @@ from bench.divided import Divided, can_divide
 from bench.exactness_page import HEADER, PAGE, Measured, Part, Tally, row, source, write_page
 from bench.plans import PlanWriter
 from bench.report import command_line, cpu_model
-from cluster.config import Config
+from cluster.config import Config, from_mapping
 from cluster.model import DEMO_MODEL, ModelFiles, open_model
 from cluster.protocol import SamplingParams
 from compress.corpus import collect, standard_library
@@ -309,12 +309,13 @@ def measure(bare: Bare, tokens: int, causes: Sequence[str], sequences: int = WAV
     return tallies
 
 
-def load_bare(files: ModelFiles, dtype: str, device: str, length: int) -> Bare:
+def load_bare(files: ModelFiles, dtype: str, device: str, length: int, kernels: str = "auto") -> Bare:
     """With a pool that holds a wave. Raises ConfigError for a dtype that is none."""
     longest = min(files.shape.max_position_embeddings, 700 + length)
     num_blocks = 1 + WAVE * (-(-200 // BLOCK_SIZE) + -(-length // BLOCK_SIZE) + 2) + WAVE // LONG * -(-longest // BLOCK_SIZE)
     torch_dtype(dtype)  # refuses what a row can't be named after, "auto" among it
-    config = Config(model=str(files.path), dtype=dtype, device=device, block_size=BLOCK_SIZE)  # type: ignore[arg-type]
+    settings = {"dtype": dtype, "device": device, "block_size": BLOCK_SIZE, "kernels": kernels}
+    config = from_mapping({"model": str(files.path), **settings})
     return Bare(files, config, load_runner(files, config, num_blocks=num_blocks))
 
 

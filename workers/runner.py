@@ -194,6 +194,7 @@ def load_runner(
     dtype = resolve_dtype(config.dtype, shape.dtype, device, kernels.cpu_dtypes)
     max_model_len = resolve_max_model_len(config, shape)
     terms = {"dtype": str(dtype), "device": device.type, "model": str(shape), "block_size": str(config.block_size)}
+    terms["hidden states"] = str(kernels.hidden_dtype(dtype))
     peers = membership.join(device, config.step_timeout_s, terms)
     decoder = load_decoder(files, part, dtype, device, max_model_len, kernels=kernels, peers=peers.stage, progress=progress)
     if num_blocks is None:

@@ -193,9 +193,9 @@ def test_the_sanitizers_find_nothing(sanitizer: str, tmp_path: Path) -> None:
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine without one."""
     monkeypatch.setenv("CXX", "no-such-compiler")
-    natives.library.cache_clear()
+    natives._built.cache_clear()
     yield
-    natives.library.cache_clear()
+    natives._built.cache_clear()
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -221,3 +221,33 @@ def test_kernels_are_chosen_by_name_device_and_dtype() -> None:
     assert isinstance(choose_kernels(Config("m"), torch.device("cuda")), TorchKernels)
     with pytest.raises(ConfigError, match="float16 on cpu"):
         choose_kernels(Config("m", kernels="native", dtype="float16"), CPU)
+
+
+def test_a_library_that_was_cut_off_is_built_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(building, "SOURCE", tmp_path / "tiny.cpp")
+    building.SOURCE.write_text("int nothing;")
+    whole = building.build()
+    whole.write_bytes(whole.read_bytes()[:-1])
+    anew = building.build()
+    assert anew.stat().st_size == int(anew.stem.rsplit("-", 1)[1])
+    assert list(anew.parent.iterdir()) == [anew]
+
+
+def test_a_cache_that_others_can_write_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "rayline").mkdir()
+    (tmp_path / "rayline").chmod(0o777)
+    assert building._cache().parent != tmp_path
+
+
+def test_attention_over_a_bad_number_is_a_bad_number(library: Library) -> None:
+    paged, num_blocks = lay_out([(40, 1), (9, 3)], 16)
+    pool = KVPool(1, num_blocks, 16, 1, 16, torch.bfloat16, CPU)
+    pool.keys.normal_()
+    pool.values.normal_()
+    pool.keys[0, int(paged.tables[0]), 3] = torch.nan
+    queries, nothing = torch.randn(4, 2, 16), torch.empty(0)
+    attended = NativeAttention(pool, [None], Threads(library, 2)).prepare(paged).attend(0, queries, nothing, nothing)
+    assert attended[0].isnan().all()
+    assert attended[1:].isfinite().all()

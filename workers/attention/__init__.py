@@ -37,9 +37,9 @@ class AttentionBackend(Protocol):
 
 
 def make_attention(name: str, pool: KVPool, windows: Sequence[int | None]) -> AttentionBackend:
-    """The backend that `Config.attention` names, for layers with these sliding windows (see ModelShape)."""
+    """The backend of torch's operators that `Config.kernels` names, for layers with these sliding windows (see ModelShape)."""
     if name == "reference":
         return ReferenceAttention(pool, windows)
     if name == "torch":
         return PortableAttention(pool, windows)
-    raise ConfigError(f"attention is '{name}'; choose one of torch, reference")
+    raise ConfigError(f"attention by '{name}'; choose one of torch, reference")

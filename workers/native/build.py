@@ -4,6 +4,7 @@ A build is known by its sources, its flags, the compiler and the CPU, so that a 
 that build the same at the same time do it twice and keep one: a file comes into its place whole.
 """
 
+import functools
 import hashlib
 import os
 import platform
@@ -27,33 +28,41 @@ class BuildError(RuntimeError):
 
 
 def build(cpu: Sequence[str] = OWN_CPU, extra: Sequence[str] = ()) -> Path:
-    """The library for a CPU that runs code compiled with the flags `cpu`; `extra` flags are for debugging. Raises BuildError."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    if shutil.which(compiler[0]) is None:
-        raise BuildError(f"no C++ compiler: {compiler[0]} is not there")
-    flags = [*FLAGS, *cpu, *extra]
-    target = _cache() / f"native-{_digest(compiler, flags)}.so"
-    if not target.exists():
-        _compile([*compiler, *flags, str(SOURCE)], target)
-    return target
+    """The library for a CPU that runs code compiled with the flags `cpu`; `extra` flags are for debugging. Raises BuildError.
 
-
-def _compile(command: list[str], target: Path) -> None:
+    A compiler that does not know the own CPU is asked for what all CPUs of the kind run.
+    """
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made = Path(folder) / target.name
-            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-            if done.returncode != 0:
-                lines = (
-                    [line for line in done.stderr.splitlines() if "error" in line]
-                    or done.stderr.splitlines()
-                    or ["no reason given"]
-                )
-                raise BuildError(f"{command[0]} failed: {lines[0]}")
-            made.replace(target)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{command[0]} could not be run: {error}") from None
+        compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+        if shutil.which(compiler[0]) is None:
+            raise BuildError(f"no C++ compiler: {compiler[0]} is not there")
+        try:
+            return _built(compiler, [*FLAGS, *cpu, *extra])
+        except BuildError:
+            if cpu != OWN_CPU:
+                raise
+            return _built(compiler, [*FLAGS, *extra])
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise BuildError(f"the native kernels could not be built: {error}") from None
+
+
+def _built(compiler: list[str], flags: list[str]) -> Path:
+    """A file's name has its size, so that one that was cut off is not taken."""
+    cache, name = _cache(), f"native-{_digest(compiler, flags)}"
+    for found in cache.glob(f"{name}-*.so"):
+        if found.stem.endswith(f"-{found.stat().st_size}"):
+            return found
+        found.unlink()
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        made = Path(folder) / "made.so"
+        command = [*compiler, *flags, str(SOURCE), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S, check=False)
+        if done.returncode != 0:
+            lines = (
+                [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no reason given"]
+            )
+            raise BuildError(f"{compiler[0]} failed: {lines[0]}")
+        return made.replace(cache / f"{name}-{made.stat().st_size}.so")
 
 
 def _digest(compiler: list[str], flags: list[str]) -> str:
@@ -76,5 +85,19 @@ def _cpu() -> str:
 
 
 def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "rayline"
+    """The user's own; where that can't be written, or others could write there, one that lasts as long as the process."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        cache = (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "rayline"
+        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = cache.stat()
+        if about.st_uid == os.geteuid() and not about.st_mode & 0o022 and os.access(cache, os.W_OK):
+            return cache
+    except (OSError, RuntimeError):  # no home
+        pass
+    return Path(_own_folder().name)
+
+
+@functools.cache
+def _own_folder() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="rayline-")

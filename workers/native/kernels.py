@@ -46,6 +46,7 @@ class NativeKernels:
         wide, library = weight.float().contiguous(), self.threads.library
 
         def norm(x: Tensor) -> Tensor:
+            x = x.float().contiguous()
             y = torch.empty_like(x)
             library.run("norm", x.data_ptr(), len(x), len(wide), wide.data_ptr(), eps, y.data_ptr())
             return y
@@ -110,8 +111,9 @@ class NativeStep:
         place = (pool.keys[layer].data_ptr(), pool.values[layer].data_ptr(), pool.keys.dtype == torch.bfloat16)
         paged = self.paged(heads, pool.keys.shape[3], size)
         window = self.backend.windows[layer] or 0
-        threads = self.backend.threads
-        threads.library.run("attend", ctypes.byref(paged), wide.data_ptr(), n, *place, window, output.data_ptr(), threads.handle)
+        with self.backend.threads as threads:
+            where = (wide.data_ptr(), n, *place, window, output.data_ptr(), threads.handle)
+            threads.library.run("attend", ctypes.byref(paged), *where)
         return output.to(queries.dtype)
 
 
@@ -146,18 +148,21 @@ class NativeLayers:
         over = self._over.get(pool)
         if over is None:
             over = self._over[pool] = self._layers_over(pool)
+        assert hidden.dtype == torch.float32
+        assert hidden.is_contiguous()
         step = cast(NativeStep, batch.attention)
         native = Batch(
             len(hidden), hidden.data_ptr(), batch.positions.data_ptr(), batch.slots.data_ptr(), self._cos.data_ptr(),
             self._sin.data_ptr(), step.paged(*self._heads),
         )  # fmt: skip
-        if self.layers[0].output.group.size == 1:
-            self._threads.library.run("layers", self._model, ctypes.byref(native), over, 0, len(self.layers))
-        else:
+        with self._threads as threads:
+            if self.layers[0].output.group.size == 1:
+                threads.library.run("layers", self._model, ctypes.byref(native), over, 0, len(self.layers))
+                return hidden
             part = torch.empty_like(hidden)
             for layer, place in zip(self.layers, over, strict=True):
                 for half, linear in (("attention_part", layer.output), ("mlp_part", layer.down)):
-                    self._threads.library.run(half, self._model, ctypes.byref(native), ctypes.byref(place), part.data_ptr())
+                    threads.library.run(half, self._model, ctypes.byref(native), ctypes.byref(place), part.data_ptr())
                     hidden += linear.total(part)
         return hidden
 

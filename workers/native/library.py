@@ -7,9 +7,10 @@ contiguous and of the dtype that is said.
 import ctypes
 import functools
 import logging
+import threading
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_void_p
 from typing import Any, Self
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from workers.native.build import OWN_CPU, BuildError, build
 
 log = logging.getLogger(__name__)
+_building = threading.Lock()
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Of weights and KV."""
@@ -114,13 +116,11 @@ class Library:
         """See build(). Raises BuildError."""
         try:
             loaded = ctypes.CDLL(str(build(cpu, extra)))
-        except OSError as error:
+            self._functions = {name: getattr(loaded, f"rayline_{name}") for name in _SIGNATURES}
+        except (OSError, AttributeError) as error:
             raise BuildError(str(error)) from None
-        self._functions = {}
         for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(loaded, f"rayline_{name}")
-            function.restype, function.argtypes = result, arguments
-            self._functions[name] = function
+            self._functions[name].restype, self._functions[name].argtypes = result, arguments
 
     @property
     def instructions(self) -> str:
@@ -143,14 +143,21 @@ class Library:
             raise MemoryError(f"no memory to compute in ({name})")
 
 
-@functools.cache
 def library() -> Library | None:
-    """That of this CPU; None where it cannot be built, which is logged once."""
+    """That of this CPU; None where it cannot be built. Either is logged once."""
+    with _building:
+        return _built()
+
+
+@functools.cache
+def _built() -> Library | None:
     try:
-        return Library()
+        built = Library()
     except BuildError as error:
         log.warning("native kernels are not used: %s", error)
         return None
+    log.info("computing by native kernels for %s", built.instructions)
+    return built
 
 
 class Threads:
@@ -159,14 +166,17 @@ class Threads:
     def __init__(self, library: Library, count: int) -> None:
         self.library = library
         self.handle = library.make("threads", self, count)
+        self._one_caller = threading.RLock()
 
     def __enter__(self) -> Self:
-        """They wait actively from now on: a step begins."""
+        """They wait actively from now on: a step begins. Nests; only one thread of Python's is inside at a time."""
+        self._one_caller.acquire()
         self.library.run("begin", self.handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.library.run("end", self.handle)
+        self._one_caller.release()
 
 
 class PackedLinear:
@@ -184,13 +194,15 @@ class PackedLinear:
         wide = None if bias is None else bias.float().contiguous()
         half = weight.dtype == torch.bfloat16
         sizes = (self.out_features, self.in_features, half, paired, threads.handle)
-        self.handle = threads.library.make("pack", self, weight.data_ptr(), address(wide), *sizes)
+        with threads:
+            self.handle = threads.library.make("pack", self, weight.data_ptr(), address(wide), *sizes)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[n, in_features] -> [n, out_features] fp32; x is rounded to the weight's dtype."""
         x = x.float().contiguous()
         y = torch.empty(len(x), self.out_features)
-        self._threads.library.run("linear", self.handle, x.data_ptr(), len(x), y.data_ptr(), self._threads.handle)
+        with self._threads as threads:
+            threads.library.run("linear", self.handle, x.data_ptr(), len(x), y.data_ptr(), threads.handle)
         return y
 
 
@@ -212,6 +224,5 @@ __all__ = [
     "Paged",
     "Threads",
     "address",
-    "byref",
     "library",
 ]

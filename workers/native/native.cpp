@@ -97,7 +97,7 @@ class Decoder final : public Model {
         : d_(dimensions), threads_(threads), scratch_(threads.count()), padded_(round_up(d_.head_dim, LANES)) {}
 
     void layers(const Batch& batch, const Layer* all, int64_t first, int64_t end) override {
-        threads_.begin();
+        Threads::Step step(threads_);
         const std::vector<Task> tasks = tasks_of(batch.paged, threads_.count());
         for (int64_t i = first; i < end; i++) {
             const X* attended = attention(batch, all[i], tasks);
@@ -105,21 +105,18 @@ class Decoder final : public Model {
             const X* inner = mlp(batch, all[i]);
             add(*all[i].down, inner, inner_stride(), batch);
         }
-        threads_.end();
     }
 
     void attention_part(const Batch& batch, const Layer& layer, float* to) override {
-        threads_.begin();
+        Threads::Step step(threads_);
         const X* attended = attention(batch, layer, tasks_of(batch.paged, threads_.count()));
         put(*layer.output, attended, attended_stride(), batch.num_tokens, to);
-        threads_.end();
     }
 
     void mlp_part(const Batch& batch, const Layer& layer, float* to) override {
-        threads_.begin();
+        Threads::Step step(threads_);
         const X* inner = mlp(batch, layer);
         put(*layer.down, inner, inner_stride(), batch.num_tokens, to);
-        threads_.end();
     }
 
   private:
@@ -242,7 +239,7 @@ void multiply_alone(const Packed& packed, const float* x, int64_t rows, float* y
     const int64_t stride = round_up(packed.inputs, LANES), outputs = packed.outputs;
     Buffer<X> buffer;
     X* taken = buffer.fit(rows * stride);
-    threads.begin();
+    Threads::Step step(threads);
     threads.run(rows, [&](int64_t row, int) { put_row<W>(taken + row * stride, x + row * packed.inputs, packed.inputs); });
     if (packed.paired) {
         linear<W>(packed, taken, stride, rows, threads, [&](int64_t row, int64_t panel, const Floats* v) {
@@ -254,7 +251,6 @@ void multiply_alone(const Packed& packed, const float* x, int64_t rows, float* y
     } else {
         linear_to<W>(packed, taken, stride, rows, threads, y, [](float* to, Floats v) { store(to, v); });
     }
-    threads.end();
 }
 
 template <class KV>
@@ -265,7 +261,7 @@ void attend_alone(const Paged& paged, const float* queries, int64_t num_tokens, 
     for (int64_t i = 0; i < num_tokens * paged.num_heads; i++) memcpy(wide.data() + i * padded, queries + i * size, size * sizeof(float));
     std::vector<AttentionScratch> scratch(threads.count());
     const std::vector<Task> tasks = tasks_of(paged, threads.count());
-    threads.begin();
+    Threads::Step step(threads);
     threads.run(tasks.size(), [&](int64_t i, int thread) {
         attend(paged, tasks[i], wide.data(), padded, static_cast<const KV*>(keys), static_cast<const KV*>(values), window, scratch[thread],
                [&](int64_t row, int64_t head, int64_t d, Floats v) {
@@ -273,7 +269,6 @@ void attend_alone(const Paged& paged, const float* queries, int64_t num_tokens, 
                    for (int j = 0; j < LANES && d + j < size; j++) at[j] = v[j];
                });
     });
-    threads.end();
 }
 
 }  // namespace

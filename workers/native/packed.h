@@ -83,9 +83,8 @@ Packed* pack(const W* from, const float* bias, int64_t outputs, int64_t inputs, 
     int64_t panels = columns / WIDTH, depth = round_up(inputs, half ? 2 : 1);
     const int64_t bytes = panels * depth * WIDTH * (int64_t)sizeof(W);
     std::unique_ptr<Packed> packed(new Packed{outputs, inputs, panels, depth, half, paired, Zeros(bytes), {}});
-    threads.begin();
+    Threads::Step step(threads);
     threads.run(panels, [&](int64_t panel, int) { pack_panel(*packed, from, panel); });
-    threads.end();
     if (bias) {
         packed->bias.resize(panels * WIDTH);
         for (int64_t at = 0; at < panels * WIDTH; at++) {

@@ -100,9 +100,9 @@ inline float largest(Floats v) {
 }
 
 // e**x to some 2 units in the last place, for x cut to [-87, 88]. Cody & Waite's reduction by ln 2 in two parts, then a polynomial
-// of degree 6 (the coefficients of Cephes' expf).
-inline Floats exp(Floats x) {
-    x = max(x, all(-87.0f));
+// of degree 6 (the coefficients of Cephes' expf). What is no number stays none.
+inline Floats exp(Floats number) {
+    Floats x = max(number, all(-87.0f));
     x = x < 88.0f ? x : all(88.0f);
     const Floats magic = all(12582912.0f);  // 1.5 * 2**23: adding it rounds to an integer, which then stands in the low bits
     Floats t = fma(x, all(1.44269504088896341f), magic);
@@ -117,7 +117,8 @@ inline Floats exp(Floats x) {
     p = fma(p, r, all(1.6666665459e-1f));
     p = fma(p, r, all(5.0000001201e-1f));
     p = fma(p, r * r, r) + 1.0f;
-    return (Floats)((Ints)p + (n << 23));
+    const Floats power = (Floats)((Ints)p + (n << 23));
+    return number == number ? power : number;
 }
 
 inline Floats silu(Floats x) { return x / (1.0f + exp(-x)); }

@@ -6,6 +6,7 @@
 #pragma once
 #include <atomic>
 #include <condition_variable>
+#include <new>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -15,18 +16,28 @@
 
 class Threads {
   public:
+    // A step: begun and, however it ends, ended.
+    class Step {
+      public:
+        explicit Step(Threads& threads) : threads_(threads) { threads_.begin(); }
+        ~Step() { threads_.end(); }
+        Step(const Step&) = delete;
+
+      private:
+        Threads& threads_;
+    };
+
+    // One caller at a time, always.
     explicit Threads(int count) : count_(count) {
-        for (int i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+        try {
+            for (int i = 1; i < count; i++) workers_.emplace_back([this, i] { work(i); });
+        } catch (...) {
+            finish();
+            throw;
+        }
     }
 
-    ~Threads() {
-        {
-            std::lock_guard<std::mutex> hold(mutex_);
-            over_ = true;
-        }
-        wake_.notify_all();
-        for (auto& worker : workers_) worker.join();
-    }
+    ~Threads() { finish(); }
 
     int count() const { return count_; }
 
@@ -44,7 +55,7 @@ class Threads {
         if (--begun_ == 0) active_.store(false, std::memory_order_release);
     }
 
-    // f(task, thread) for each task in [0, tasks), in any order; returns when all are done.
+    // f(task, thread) for each task in [0, tasks), in any order; returns when all are done. Throws bad_alloc where one threw.
     template <class F>
     void run(int64_t tasks, const F& f) {
         if (tasks <= 0) return;
@@ -55,23 +66,37 @@ class Threads {
         context_ = &f;
         call_ = [](const void* context, int64_t task, int thread) { (*static_cast<const F*>(context))(task, thread); };
         left_.store(tasks, std::memory_order_relaxed);
-        uint64_t generation = (ticket_.load(std::memory_order_relaxed) >> 48) + 1;
-        ticket_.store(generation << 48 | (uint64_t)tasks << 24, std::memory_order_release);
+        ticket_.store((uint64_t)tasks << 32, std::memory_order_release);
         while (take(0)) {
         }
-        for (int spins = 0; left_.load(std::memory_order_acquire) > 0; spins++) pause(spins);
+        for (int spins = 0; left_.load(std::memory_order_acquire) > 0;) pause(spins);
+        if (failed_.exchange(false)) throw std::bad_alloc();
     }
 
   private:
-    // A ticket: 16 bits of generation, 24 of the number of tasks, 24 of those handed out. One that was drawn below the number
-    // belongs to the run that goes on, since that can't end without its task.
+    void finish() {
+        {
+            std::lock_guard<std::mutex> hold(mutex_);
+            over_ = true;
+            active_.store(false, std::memory_order_release);
+        }
+        wake_.notify_all();
+        for (auto& worker : workers_) worker.join();
+    }
+
+    // A ticket: the number of tasks, and how many of them are handed out. One that was drawn below the number belongs to the run that
+    // goes on, since that can't end without its task.
     bool take(int thread) {
         uint64_t seen = ticket_.load(std::memory_order_acquire);
-        if ((seen & MASK) >= (seen >> 24 & MASK)) return false;
+        if ((seen & MASK) >= seen >> 32) return false;
         uint64_t mine = ticket_.fetch_add(1, std::memory_order_acq_rel);
         uint64_t task = mine & MASK;
-        if (task >= (mine >> 24 & MASK)) return false;
-        call_(context_, (int64_t)task, thread);
+        if (task >= mine >> 32) return false;
+        try {
+            call_(context_, (int64_t)task, thread);
+        } catch (...) {
+            failed_.store(true);
+        }
         left_.fetch_sub(1, std::memory_order_acq_rel);
         return true;
     }
@@ -83,15 +108,16 @@ class Threads {
                 wake_.wait(hold, [this] { return over_ || active_.load(std::memory_order_acquire); });
                 if (over_) return;
             }
-            for (int spins = 0; active_.load(std::memory_order_acquire); spins++) {
+            for (int spins = 0; active_.load(std::memory_order_acquire);) {
                 if (take(thread)) spins = 0;
                 pause(spins);
             }
         }
     }
 
-    static void pause(int spins) {
-        if (spins > 4096 && spins % 64 == 0) {
+    static void pause(int& spins) {
+        if (++spins > PATIENCE) {
+            spins = PATIENCE - 64;
             std::this_thread::yield();  // others want the core, or this would not take so long
             return;
         }
@@ -100,13 +126,14 @@ class Threads {
 #endif
     }
 
-    static constexpr uint64_t MASK = (1 << 24) - 1;
+    static constexpr uint64_t MASK = 0xffffffff;
+    static constexpr int PATIENCE = 4096;
     int count_, begun_ = 0;
     std::vector<std::thread> workers_;
     std::mutex mutex_;
     std::condition_variable wake_;
     bool over_ = false;
-    std::atomic<bool> active_{false};
+    std::atomic<bool> active_{false}, failed_{false};
     const void* context_ = nullptr;
     void (*call_)(const void*, int64_t, int) = nullptr;
     alignas(64) std::atomic<uint64_t> ticket_{0};
