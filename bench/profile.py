@@ -123,7 +123,6 @@ def _instrument(llm: LLM, found: Profile) -> list[Callable[[], None]]:
         (llm.batcher, "schedule", "schedule"),
         (llm.batcher, "update", "update"),
         (runner, "execute", "execute"),
-        (runner, "forward", "forward"),
         (stack, "run", "layers"),
         (runner.decoder, "forward", "decoder"),
         (runner.decoder, "logits", "lm_head"),
