@@ -82,6 +82,8 @@ class Intake:
         try:
             self._receive()
         except Exception as error:
+            if self._closing:  # the process is being ended, and its sockets are closed
+                return
             log.exception("the intake failed")
             self.end = f"{type(error).__name__}: {error}"
             self._mailbox.send(self._engine, StepResult(epoch=self._epoch, step=-1, results=[], error=self.end))

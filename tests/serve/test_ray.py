@@ -12,15 +12,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.conftest import STOP_TIMEOUT_S, Server, start_server
+from tests.serve.conftest import MARK, STOP_TIMEOUT_S, Server, start_server
 from tests.serve.nodes import free_ports
 
 pytestmark = pytest.mark.serve
 
 
+def contents(pid: int, name: str) -> bytes:
+    """A file that the kernel keeps of a process; empty of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""
+
+
 def settings(pid: int) -> dict[str, str]:
-    """A process's environment when it was started."""
-    pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    """A process's environment when it was started; nothing of one that has ended."""
+    pairs = contents(pid, "environ").decode().split("\0")
     return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
 
@@ -31,11 +39,12 @@ def complete(server: Server) -> str:
 
 def test_a_ray_of_our_own_wants_a_token(server: Server) -> None:
     """All of Ray's processes inherit it from the server; what Ray does with a token is Ray's to test."""
-    rays = [pid for pid in server.processes() if pid != server.process.pid]
-    (token,) = {settings(pid).get("RAY_AUTH_TOKEN", "") for pid in rays}
+    found = {pid: settings(pid) for pid in server.processes() if pid != server.process.pid}
+    rays = {pid: named for pid, named in found.items() if MARK in named}  # the environment of one that ends meanwhile is empty
+    (token,) = {named.get("RAY_AUTH_TOKEN", "") for named in rays.values()}
     assert len(token) == 64
-    (gcs,) = [pid for pid in rays if b"gcs_server" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    assert settings(gcs)["RAY_AUTH_MODE"] == "token"
+    (gcs,) = [named for pid, named in rays.items() if b"gcs_server" in contents(pid, "cmdline")]
+    assert gcs["RAY_AUTH_MODE"] == "token"
 
 
 def test_mailboxes_count_what_they_drop_and_refuse(server: Server) -> None:
