@@ -39,6 +39,7 @@ class Divided:
             ThreadPoolExecutor(1, f"rank {rank}", self._ranks.settle, (rank,)) for rank in range(config.tp * config.pp)
         ]
         self.shape = files.shape
+        self.kernels = self._ranks.runners[(self._pp - 1) * self._tp].decoder.kernels
         self.pool = self._ranks.runners[(self._pp - 1) * self._tp].pool
         self.num_blocks = self._ranks.num_blocks
 

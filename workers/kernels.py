@@ -15,6 +15,7 @@ from parallel.partition import Partition
 from parallel.vocabulary import WideLinear
 from workers.attention import AttentionBackend, make_attention
 from workers.decoder import DecoderLayer, LayerStack, Norm, TorchLayers, rms_norm
+from workers.picker import Picker, TorchPicker
 from workers.rope import Rope
 
 
@@ -46,6 +47,9 @@ class Kernels(Protocol):
 
     def attention(self, pool: KVPool, windows: Sequence[int | None]) -> AttentionBackend:
         """Over a pool, for layers with these sliding windows."""
+
+    def picker(self, vocab_size: int, device: torch.device) -> Picker:
+        """Draws tokens."""
 
     def awake(self) -> AbstractContextManager[object]:
         """Held while a step runs: its threads need not be woken for each part."""
@@ -83,6 +87,10 @@ class TorchKernels:
     def attention(self, pool: KVPool, windows: Sequence[int | None]) -> AttentionBackend:
         """See Kernels."""
         return make_attention(self._attention, pool, windows)
+
+    def picker(self, vocab_size: int, device: torch.device) -> Picker:
+        """See Kernels."""
+        return TorchPicker(vocab_size, device)
 
     def awake(self) -> AbstractContextManager[object]:
         """See Kernels."""

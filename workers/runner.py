@@ -54,7 +54,8 @@ class ModelRunner:
         self._device = pool.keys.device
         shape, layers = decoder.shape, decoder.part.layers
         self._attention = decoder.kernels.attention(pool, shape.windows[layers.start : layers.stop])
-        self._sampler = Sampler(shape.vocab_size, self._device) if leader and decoder.part.judges else None
+        draws = leader and decoder.part.judges
+        self._sampler = Sampler(decoder.kernels.picker(shape.vocab_size, self._device)) if draws else None
         self._sequences = SequenceTable(pool.block_size)
         self._handoff = handoff
         self._host = host

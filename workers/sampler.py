@@ -7,16 +7,11 @@ import torch
 from torch import Tensor
 
 from cluster.protocol import TokenLogprobs
-from workers.filters import thresholds
-from workers.keys import position_keys
 from workers.logprobs import describe, likeliest
-from workers.noise import GumbelNoise
 from workers.penalties import adjust
-from workers.selection import argmax, where
+from workers.picker import Picker
+from workers.selection import argmax
 from workers.sequences import Span
-
-_MANY = 0.05
-"""Share of the vocabulary above which hashing all of it is cheaper than picking out the tokens that are left."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +25,8 @@ class Draw:
 class Sampler:
     """Draws the next token of each span from a row of logits."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._noise = GumbelNoise(vocab_size, device)
+    def __init__(self, picker: Picker) -> None:
+        self._picker = picker
 
     def draw(self, logits: Tensor, spans: Sequence[Span]) -> list[Draw]:
         """One draw for each row of logits [len(spans), vocab] fp32, which is overwritten.
@@ -49,19 +44,16 @@ class Sampler:
         if adjusted:
             adjust(logits, adjusted, [spans[i] for i in adjusted])
         greedy = [i for i, setup in enumerate(setups) if setup.greedy]
-        plain = [i for i, setup in enumerate(setups) if not setup.greedy and not setup.filtered]
-        filtered = [i for i, setup in enumerate(setups) if not setup.greedy and setup.filtered]
-        tokens = torch.empty(len(spans), dtype=torch.int64, device=logits.device)
+        drawn = [i for i, setup in enumerate(setups) if not setup.greedy]
+        tokens = [0] * len(spans)
         if greedy:
-            _put(tokens, greedy, argmax(_rows(logits, greedy)))
-        if plain:
-            _put(tokens, plain, self._draw_plain(_rows(logits, plain), [spans[i] for i in plain]))
-        if filtered:
-            _put(tokens, filtered, self._draw_filtered(_rows(logits, filtered), [spans[i] for i in filtered]))
+            _put(tokens, greedy, argmax(_rows(logits, greedy)).tolist())
+        if drawn:
+            _put(tokens, drawn, self._picker.pick(logits, drawn, [spans[i] for i in drawn]))
         counts = [setups[i].params.logprobs or 0 for i in reporting]
-        logprobs = describe(raw, tokens[reporting], counts) if reporting else []
+        logprobs = describe(raw, torch.tensor([tokens[i] for i in reporting], device=raw.device), counts) if reporting else []
         by_row = dict(zip(reporting, logprobs, strict=True))
-        return [Draw(token, by_row.get(i)) for i, token in enumerate(tokens.tolist())]
+        return [Draw(token, by_row.get(i)) for i, token in enumerate(tokens)]
 
     def _draw_mixed(self, logits: Tensor, spans: Sequence[Span], beams: Sequence[int]) -> list[Draw]:
         """As draw(), where rows `beams` are those of beams, of which nothing is drawn."""
@@ -72,53 +64,11 @@ class Sampler:
             drawn |= zip(others, self.draw(logits[others], [spans[i] for i in others]), strict=True)
         return [drawn[i] for i in range(len(spans))]
 
-    def _draw_plain(self, logits: Tensor, spans: Sequence[Span]) -> Tensor:
-        """Any token can come."""
-        scores, keys = _scores(logits, spans), _keys(spans, logits.device)
-        if scores.device.type != "cpu":
-            return argmax(scores.add_(self._noise.whole(keys)))
-        return self._winners(scores, keys, self._noise.contenders(scores, keys))
-
-    def _draw_filtered(self, logits: Tensor, spans: Sequence[Span]) -> Tensor:
-        """Noise only for the tokens that the filters leave; where they leave many, for those of them that can win."""
-        scores, keys = _scores(logits, spans), _keys(spans, logits.device)
-        left = scores >= thresholds(scores, [span.state.params for span in spans])
-        if scores.device.type != "cpu":
-            return argmax(scores.masked_fill_(~left, -torch.inf).add_(self._noise.whole(keys)))
-        if int(left.sum()) > left.numel() * _MANY:
-            scores.masked_fill_(~left, -torch.inf)
-            left = self._noise.contenders(scores, keys)
-        return self._winners(scores, keys, left)
-
-    def _winners(self, scores: Tensor, keys: Tensor, left: Tensor) -> Tensor:
-        """[rows]: the arg-max of scores plus noise where `left` [rows, vocab]."""
-        rows, ids = where(left)
-        noisy = scores[rows, ids] + self._noise.at(keys[rows], ids)
-        best = torch.full_like(scores[:, 0], -torch.inf).scatter_reduce_(0, rows, noisy, "amax")
-        won = noisy == best[rows]
-        tokens = torch.full_like(best, scores.shape[1] - 1, dtype=torch.int64)  # stays where no logit is a number
-        return tokens.scatter_reduce_(0, rows[won], ids[won], "amin")
-
 
 def _rows(logits: Tensor, rows: list[int]) -> Tensor:
     return logits if len(rows) == len(logits) else logits[rows]
 
 
-def _put(tokens: Tensor, rows: list[int], drawn: Tensor) -> None:
-    """tokens[rows] = drawn; on a GPU a list as an index is a copy to it, which all rows don't need."""
-    if len(rows) == len(tokens):
-        tokens.copy_(drawn)
-    else:
-        tokens[rows] = drawn
-
-
-def _scores(logits: Tensor, spans: Sequence[Span]) -> Tensor:
-    """Logits over temperature, shifted so that the largest is 0; a new tensor or `logits` overwritten."""
-    temperature = torch.tensor([[span.state.params.temperature] for span in spans], dtype=torch.float32, device=logits.device)
-    return logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
-
-
-def _keys(spans: Sequence[Span], device: torch.device) -> Tensor:
-    """[len(spans), 2] int32: the noise keys of the positions after the spans."""
-    keys = position_keys([span.state.draws.noise_key for span in spans], [span.end for span in spans])
-    return torch.from_numpy(keys).to(device)
+def _put(tokens: list[int], rows: list[int], drawn: list[int]) -> None:
+    for row, token in zip(rows, drawn, strict=True):
+        tokens[row] = token

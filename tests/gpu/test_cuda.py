@@ -21,6 +21,7 @@ from workers.attention import PagedSpans, make_attention
 from workers.device import scratch_bytes, size_pool
 from workers.keys import position_keys, sequence_key
 from workers.noise import GumbelNoise
+from workers.picker import TorchPicker
 from workers.sampler import Sampler
 from workers.sequences import Span
 
@@ -113,10 +114,10 @@ def test_draws_are_those_of_a_cpu(vocab: int, spread: float) -> None:
         for row in range(70)
     ]
     logits = torch.randn(70, vocab, generator=torch.Generator().manual_seed(1)) * spread
-    here = Sampler(vocab, CPU).draw(logits.clone(), spans)
-    there = Sampler(vocab, GPU).draw(logits.to(GPU, copy=True), spans)
+    here = Sampler(TorchPicker(vocab, CPU)).draw(logits.clone(), spans)
+    there = Sampler(TorchPicker(vocab, GPU)).draw(logits.to(GPU, copy=True), spans)
     assert [draw.token for draw in there] == [draw.token for draw in here]
-    sampler, rows = Sampler(vocab, GPU), logits.to(GPU, copy=True)
+    sampler, rows = Sampler(TorchPicker(vocab, GPU)), logits.to(GPU, copy=True)
     one = [sampler.draw(rows[row : row + 1], spans[row : row + 1])[0].token for row in range(14)]
     assert one == [draw.token for draw in here[:14]]
 

@@ -77,8 +77,29 @@ static void run(int threads_count) {
         if (!std::isfinite(y.at[i])) abort();
 }
 
+static void draw_tokens(int threads_count) {
+    Threads threads(threads_count);
+    const int64_t vocab = between(1, 400), rows = between(1, 5), count = between(1, 9);
+    Exact<float> logits(rows * vocab);
+    Exact<Drawing> drawings(count);
+    Exact<int64_t> tokens(count);
+    for (int64_t i = 0; i < rows * vocab; i++) logits.at[i] = between(0, 9) ? real() * 3.0f : (float)between(-2, 2);
+    if (!between(0, 5)) logits.at[between(0, rows * vocab - 1)] = between(0, 1) ? NAN : -INFINITY;
+    for (int64_t i = 0; i < count; i++) {
+        const double top_p = between(0, 1) ? 1.0 : between(0, 100) / 100.0;
+        const float lowest = between(0, 1) ? -INFINITY : -0.1f * between(0, 30);
+        const int64_t top_k = between(0, 1) ? 0 : between(1, 2 * vocab);
+        drawings.at[i] = {between(0, rows - 1), top_p, 0.1f * between(1, 20), lowest, top_k, {(uint32_t)draw(), (uint32_t)draw()}};
+    }
+    Draws draws(vocab, threads_count);
+    Threads::Step step(threads);
+    draws.draw(logits.at, drawings.at, count, tokens.at, threads);
+    for (int64_t i = 0; i < count; i++)
+        if (tokens.at[i] < 0 || tokens.at[i] >= vocab) abort();
+}
+
 int main(int, char** arguments) {
     const int times = atoi(arguments[1]);
-    for (int i = 0; i < times; i++) run<float>(1 + i % 3), run<bf16>(1 + i % 3);
+    for (int i = 0; i < times; i++) run<float>(1 + i % 3), run<bf16>(1 + i % 3), draw_tokens(1 + i % 3);
     puts(rayline_instructions());
 }

@@ -13,12 +13,18 @@ from cluster.protocol import SamplingParams
 from tests.workers.spans import make_span
 from tests.workers.test_noise import deviation, plain_noise
 from workers.filters import _edge, _nucleus_edge, thresholds
+from workers.picker import Picker, TorchPicker
 from workers.sampler import Sampler
 from workers.selection import argmax, largest, where
 from workers.sequences import Span
 
 CPU = torch.device("cpu")
 VOCAB = 173
+
+
+def sampler_of(vocab: int, picker: Picker | None = None) -> Sampler:
+    """By torch, unless said otherwise."""
+    return Sampler(picker or TorchPicker(vocab, CPU))
 
 
 def adjusted(logits: list[float], span: Span) -> list[float]:
@@ -93,13 +99,13 @@ def cases() -> tuple[torch.Tensor, list[Span]]:
 
 def test_every_draw_is_that_of_the_oracle(cases: tuple[torch.Tensor, list[Span]]) -> None:
     logits, spans = cases
-    drawn = [draw.token for draw in Sampler(VOCAB, CPU).draw(logits.clone(), spans)]
+    drawn = [draw.token for draw in sampler_of(VOCAB).draw(logits.clone(), spans)]
     assert drawn == [brute_force(row, span) for row, span in zip(logits.tolist(), spans, strict=True)]
 
 
 def test_a_draw_does_not_depend_on_the_rest_of_the_batch(cases: tuple[torch.Tensor, list[Span]]) -> None:
     logits, spans = cases
-    sampler = Sampler(VOCAB, CPU)
+    sampler = sampler_of(VOCAB)
     together = [draw.token for draw in sampler.draw(logits.clone(), spans)]
     rng = random.Random(4)
     order = rng.sample(range(len(spans)), len(spans))
@@ -116,7 +122,7 @@ def test_logprobs_are_the_models_own_whatever_is_done_to_the_logits() -> None:
     heavy = {"repetition_penalty": 1.8, "logit_bias": {5: 50.0}, "top_k": 3, "temperature": 0.5}
     asked = [0, None, 4, VOCAB + 10]
     spans = [make_span(0, 9, [], SamplingParams(seed=i, max_tokens=9, logprobs=k, **heavy)) for i, k in enumerate(asked)]  # type: ignore[arg-type]
-    draws = Sampler(VOCAB, CPU).draw(logits.clone(), spans)
+    draws = sampler_of(VOCAB).draw(logits.clone(), spans)
     for draw, row, k in zip(draws, expected, asked, strict=True):
         if k is None:
             assert draw.logprobs is None
@@ -131,7 +137,7 @@ def test_logprobs_are_the_models_own_whatever_is_done_to_the_logits() -> None:
 def test_greedy_with_logprobs_names_the_likeliest_token() -> None:
     logits = torch.randn(1, VOCAB)
     params = SamplingParams(seed=0, max_tokens=1, temperature=0.0, logprobs=1)
-    [draw] = Sampler(VOCAB, CPU).draw(logits.clone(), [make_span(0, 3, [], params)])
+    [draw] = sampler_of(VOCAB).draw(logits.clone(), [make_span(0, 3, [], params)])
     assert draw.logprobs is not None
     assert draw.logprobs.top_ids == [draw.token] == logits.argmax(-1).tolist()
 
@@ -140,13 +146,13 @@ def test_greedy_with_logprobs_names_the_likeliest_token() -> None:
 def test_very_low_temperatures_are_greedy_and_not_nan(temperature: float) -> None:
     logits = torch.randn(3, VOCAB) * 20
     params = SamplingParams(seed=1, max_tokens=1, temperature=temperature, top_p=0.9)
-    draws = Sampler(VOCAB, CPU).draw(logits.clone(), [make_span(0, n, [], params) for n in (1, 2, 3)])
+    draws = sampler_of(VOCAB).draw(logits.clone(), [make_span(0, n, [], params) for n in (1, 2, 3)])
     assert [draw.token for draw in draws] == logits.argmax(-1).tolist()
 
 
 def test_a_bias_of_a_token_that_does_not_exist_is_harmless() -> None:
     params = SamplingParams(seed=0, max_tokens=1, temperature=0.0, logit_bias={VOCAB: 100.0, -1: 100.0, 7: 100.0})
-    [draw] = Sampler(VOCAB, CPU).draw(torch.randn(1, VOCAB), [make_span(0, 3, [], params)])
+    [draw] = sampler_of(VOCAB).draw(torch.randn(1, VOCAB), [make_span(0, 3, [], params)])
     assert draw.token == 7
 
 
@@ -157,7 +163,7 @@ def test_no_stop_token_before_min_tokens_however_likely(params: dict[str, Any]) 
     logits[0, 7] = 60.0
     every = SamplingParams(seed=3, max_tokens=9, min_tokens=2, stop_token_ids=(7,), logit_bias={7: 100.0}, **params)
     drawn = [
-        Sampler(VOCAB, CPU).draw(logits.clone(), [make_span(0, 4 + emitted, [], every, prompt=[1, 7, 7, 2])])[0].token
+        sampler_of(VOCAB).draw(logits.clone(), [make_span(0, 4 + emitted, [], every, prompt=[1, 7, 7, 2])])[0].token
         for emitted in range(4)
     ]
     assert [token == 7 for token in drawn] == [False, False, True, True]
@@ -168,7 +174,7 @@ def test_filtered_draws_follow_the_filtered_softmax() -> None:
     n = 3000
     params = SamplingParams(seed=11, max_tokens=1, temperature=1.3, top_k=25, top_p=0.9)
     spans = [make_span(0, position, [], params, prompt=[1]) for position in range(1, n + 1)]
-    drawn = [draw.token for draw in Sampler(40, CPU).draw(logits.expand(n, -1).clone(), spans)]
+    drawn = [draw.token for draw in sampler_of(40).draw(logits.expand(n, -1).clone(), spans)]
     left = sorted(kept((logits.double() / 1.3).tolist(), params))
     probabilities = (logits.double()[left] / 1.3).softmax(-1).numpy()
     observed = np.bincount(drawn, minlength=40)
@@ -238,8 +244,8 @@ def test_rows_without_numbers_give_some_token_and_harm_no_other_row(broken: floa
     logits = torch.randn(3, VOCAB)
     every = SamplingParams(seed=1, max_tokens=1, logprobs=2, **params)  # type: ignore[arg-type]
     spans = [make_span(0, n, [], every) for n in (4, 5, 6)]
-    whole = [draw.token for draw in Sampler(VOCAB, CPU).draw(logits.clone(), spans)]
+    whole = [draw.token for draw in sampler_of(VOCAB).draw(logits.clone(), spans)]
     logits[1] = broken
-    drawn = [draw.token for draw in Sampler(VOCAB, CPU).draw(logits, spans)]
+    drawn = [draw.token for draw in sampler_of(VOCAB).draw(logits, spans)]
     assert drawn[::2] == whole[::2]
     assert 0 <= drawn[1] < VOCAB

@@ -22,6 +22,7 @@ from parallel.partition import Partition
 from workers.attention.spans import PagedSpans
 from workers.decoder import DecoderLayer, Norm, TokenBatch
 from workers.native.library import DTYPES, Batch, Dimensions, Layer, Library, PackedLinear, Paged, Threads, address
+from workers.native.picker import NativePicker
 from workers.rope import Rope
 
 
@@ -70,6 +71,10 @@ class NativeKernels:
     def attention(self, pool: KVPool, windows: Sequence[int | None]) -> "NativeAttention":
         """See Kernels."""
         return NativeAttention(pool, windows, self.threads)
+
+    def picker(self, vocab_size: int, device: torch.device) -> NativePicker:
+        """See Kernels."""
+        return NativePicker(vocab_size, self.threads)
 
     def awake(self) -> Threads:
         """See Kernels."""

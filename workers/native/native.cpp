@@ -12,6 +12,7 @@
 #include "attention.h"
 #include "packed.h"
 #include "rows.h"
+#include "sample.h"
 
 namespace {
 
@@ -322,6 +323,28 @@ void rayline_norm(const float* x, int64_t rows, int64_t n, const float* weight, 
     for (int64_t row = 0; row < rows; row++, x += n, y += n) {
         const float scale = inverse_rms(x, n, eps);
         for (int64_t i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+    }
+}
+
+void* rayline_draws(int64_t vocab, void* threads) {
+    try {
+        return new Draws(vocab, static_cast<Threads*>(threads)->count());
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+void rayline_draws_free(void* draws) { delete static_cast<Draws*>(draws); }
+
+// logits [rows, vocab] fp32, drawings [count] -> tokens [count].
+int rayline_draw(void* draws, const float* logits, const Drawing* drawings, int64_t count, int64_t* tokens, void* threads) {
+    try {
+        Threads& some = *static_cast<Threads*>(threads);
+        Threads::Step step(some);
+        static_cast<Draws*>(draws)->draw(logits, drawings, count, tokens, some);
+        return 0;
+    } catch (...) {
+        return 1;
     }
 }
 
