@@ -13,9 +13,9 @@ from collections import deque
 
 from cluster.beams import Beam, BeamGroup, why_no_beams
 from cluster.config import BatchConfig
-from cluster.cost import StepCost
 from cluster.launched import Launched
 from cluster.line import WaitingLine
+from cluster.pace import Pace
 from cluster.protocol import (
     Chunk,
     ChunkResult,
@@ -32,9 +32,6 @@ from cluster.request import Scoring, Sequence, why_impossible
 from cluster.running import Counters, RunningSet
 from kv.manager import KVManager
 from kv.radix import Key, PrefixMatch
-
-_LEAST_CHUNK = 16
-"""Tokens of a prompt in one plan, at least, where there are as many."""
 
 
 class Batcher:
@@ -54,7 +51,7 @@ class Batcher:
         self._set = RunningSet(config, kv, self.line)
         self._next_seq = 0
         self._next_step = 0
-        self._cost = StepCost()
+        self._pace = Pace(config)
 
     @property
     def running(self) -> list[Sequence]:
@@ -153,8 +150,16 @@ class Batcher:
 
     # --- scheduling -------------------------------------------------------------------------------------------------
 
+    @property
+    def wants_plan(self) -> bool:
+        """Whether one more plan may be in flight."""
+        return len(self.in_flight) < self.config.shares + (bool(self.in_flight) and self._runs_ahead())
+
+    def _runs_ahead(self) -> bool:
+        return not self._groups and self._pace.runs_ahead(self.in_flight[-1], self.kv.num_free, len(self.running))
+
     def schedule(self, now: float) -> StepPlan | None:
-        """The next iteration, launched: None if nothing can run now. Call while fewer than config.depth plans are in flight."""
+        """The next iteration, launched: None if nothing can run now. Call while `wants_plan`."""
         self._end_static_batch()
         self.line.release(self._set.can_fork)
         plan = StepPlan(epoch=self.epoch, step=self._next_step, admitted=[], chunks=[], copies=[], finished=[])
@@ -165,7 +170,8 @@ class Batcher:
             if not self._set.fork(beam, plan):
                 self._stand_in_line(beam)
         decodes = self._schedule_decodes(plan, chosen)
-        budget = self._prefill_budget(self.config.max_num_batched_tokens - decodes)
+        known = itertools.chain(self.running, self.line.waiting)
+        budget = self._pace.prefill_tokens(self.config.max_num_batched_tokens - decodes, decodes, known)
         budget = self._schedule_prefills(plan, chosen, budget)
         self._admit(plan, chosen, budget)
         awaited = self.kv.has_transfers and self._set.besides
@@ -190,14 +196,19 @@ class Batcher:
                 self.counters.loaded += len(transfer.blocks)
 
     def _schedule_decodes(self, plan: StepPlan, chosen: list[Sequence]) -> int:
-        """At most ceil(running / plans in flight), so that every stage has its share. Returns how many tokens they take."""
-        most = -(-len(self.running) // self.config.depth)
+        """At most ceil(running / shares), so that every stage has its share. Returns how many tokens they take."""
+        most = -(-len(self.running) // self.config.shares)
+        ahead = bool(self.in_flight) and self._runs_ahead()
         count = 0
         for sequence in list(self.running):
             if count == most:
                 break
             # One that an older one preempted in this loop holds nothing any more.
-            if sequence.schedulable == 1 and sequence.finish is None and self.kv.holds(sequence.seq):
+            if (
+                (sequence.schedulable == 1 or (ahead and sequence.chains))
+                and sequence.finish is None
+                and self.kv.holds(sequence.seq)
+            ):
                 count += self._run(sequence, 1, plan, chosen)
         if self.config.batching == "static" and any(s.finish is None for s in self.running):
             for sequence in self.running:
@@ -249,9 +260,10 @@ class Batcher:
             blocks = self.kv.allocate(sequence.seq, end)
         if blocks is None:
             return False
-        last = end == sequence.num_tokens
-        # What workers can't have yet is the token drawn last: the prompt came with the sequence, older tokens with older chunks.
-        tokens = sequence.emitted[-1:] if last else []
+        last = end >= sequence.num_tokens
+        # What workers can't have yet is the token drawn last: the prompt came with the sequence, older tokens with older chunks,
+        # and one that is still being drawn (see Sequence.chains) they have before anybody else.
+        tokens = sequence.emitted[-1:] if end == sequence.num_tokens else []
         draws = last and sequence.params.max_tokens > 0
         scores = sequence.scoring.take(end)
         plan.chunks.append(Chunk(sequence.seq, sequence.num_computed, count, blocks, tokens, sample=draws, scores=scores))
@@ -273,24 +285,12 @@ class Batcher:
         sequence.in_flight += 1
         chosen.append(sequence)
 
-    def _prefill_budget(self, left: int) -> int:
-        """With several stages prompts are cut so that they are through the last one soonest (see StepCost)."""
-        if self.config.pp == 1 or self.config.depth == 1:
-            return left
-        backlog = 0
-        for sequence in itertools.chain(self.running, self.line.waiting):
-            if sequence.schedulable > 1:
-                backlog += sequence.schedulable
-                if self._cost.chunk(backlog, self.config.pp) >= left:
-                    return left
-        return min(left, max(_LEAST_CHUNK, self._cost.chunk(backlog, self.config.pp)))
-
     # --- results ----------------------------------------------------------------------------------------------------
 
     def update(self, result: StepResult) -> list[TokenDelta]:
         """Take in the result of the oldest plan in flight (see `expects`); returns what is new for the clients."""
         launched = self.in_flight.popleft()
-        self._cost.observe(sum(chunk.num_tokens for chunk in launched.plan.chunks), result.compute_s)
+        self._pace.cost.observe(sum(chunk.num_tokens for chunk in launched.plan.chunks), result.compute_s)
         drawn = {r.seq: r for r in result.results}
         told = {s.seq: s for s in result.scores}
         deltas: list[TokenDelta] = []

@@ -19,6 +19,7 @@ Reservation = Literal["paged", "max_tokens", "contiguous"]
 PrefixCache = Literal["on", "off"]
 PrefixSharing = Literal["all", "api_key"]
 Kernels = Literal["auto", "native", "torch", "reference"]
+RunAhead = Literal["auto", "on", "off"]
 PlacementPolicy = Literal["prefix", "least_loaded", "round_robin"]
 
 _EDGE = frozenset(
@@ -49,6 +50,8 @@ class BatchConfig:
     """Pipeline stages."""
     plans_in_flight: int | None = None
     """Default: as many as stages (ORCA, section 4.2)."""
+    run_ahead: RunAhead = "off"
+    """See Config; where workers keep the tokens they draw."""
     batching: Batching = "continuous"
     reservation: Reservation = "paged"
     prefix_cache: PrefixCache = "on"
@@ -69,9 +72,14 @@ class BatchConfig:
         return self.prefix_cache == "on" and self.reservation == "paged" and self.batching == "continuous"
 
     @property
-    def depth(self) -> int:
-        """How many plans may be in flight."""
+    def shares(self) -> int:
+        """How many plans the decodes are divided among; so many may be in flight, and one more that runs ahead."""
         return self.plans_in_flight or self.pp
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """Whether a plan may hold decodes whose token the plan before it still draws."""
+        return self.run_ahead != "off" and self.pp == 1 and self.plans_in_flight is None and self.batching == "continuous"
 
     @property
     def pool_tokens(self) -> int:
@@ -125,6 +133,10 @@ class Config:
     block_size: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    run_ahead: RunAhead = "auto"
+    """Whether an iteration is planned and sent while the one before it runs, each decode's token still being drawn: then workers
+    need not wait for the engine, but a new request waits an iteration longer, and a choice that a stop token ends is computed once
+    too often. auto: while iterations take less than 10 ms. For one rank: with tp or pp it is off."""
     batching: Batching = "continuous"
     reservation: Reservation = "paged"
     prefix_cache: PrefixCache = "on"
@@ -176,13 +188,15 @@ class Config:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be above 0")
         if not 0.1 <= self.kv_pull_timeout_s <= 3600:
             raise ConfigError(f"kv_pull_timeout_s is {self.kv_pull_timeout_s}, but must be from 0.1 to 3600")
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port is {self.port}, but ports go from 0 to 65535")
+        if self.run_ahead == "on" and (self.tp * self.pp > 1 or self.plans_in_flight is not None or self.batching != "continuous"):
+            raise ConfigError("run_ahead is for one rank, continuous batching, and as many plans in flight as it takes")
+        if not 1 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}, but ports go from 1 to 65535")
         if self.stage_layers is not None and len(self.stage_layers) != self.pp:
             raise ConfigError(f"stage_layers names {len(self.stage_layers)} stages, but pp is {self.pp}")
         if not 0 <= self.grpc_port <= 65535:
             raise ConfigError(f"grpc_port is {self.grpc_port}, but ports go from 0 to 65535")
-        if self.grpc_port == self.port != 0:
+        if self.grpc_port == self.port:
             raise ConfigError(f"grpc_port and port are both {self.port}, but each needs a port of its own")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ConfigError(f"name is '{self.name}', but must be letters, digits, '.', '_' and '-'")
@@ -264,6 +278,8 @@ def batch_settings(config: Config, num_blocks: int, max_model_len: int, host_blo
     `host_blocks` slots in host memory."""
     shared = {field.name for field in dataclasses.fields(BatchConfig)} & {field.name for field in dataclasses.fields(Config)}
     values = {name: getattr(config, name) for name in shared if name != "max_model_len"}
+    if config.tp * config.pp > 1:  # who draws tells the others only through the engine
+        values["run_ahead"] = "off"
     return BatchConfig(num_blocks=num_blocks, max_model_len=max_model_len, host_blocks=host_blocks, **values)
 
 

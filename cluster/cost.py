@@ -12,6 +12,8 @@ _FADE = 0.99
 _GUESS = 32.0
 _OUTLIER = 4.0
 _LEAST, _MOST = 2.0, 1024.0
+_LEAST_BESIDE = 64
+_FIXED_PARTS = 32
 
 
 class StepCost:
@@ -22,14 +24,15 @@ class StepCost:
 
     def observe(self, tokens: int, seconds: float) -> None:
         """An iteration of so many tokens took so long in a stage. If that is far too long, the process stood still: it is cut."""
-        seconds = min(seconds, _OUTLIER * self._expected(tokens))
+        seconds = min(seconds, _OUTLIER * self.seconds(tokens))
         self._weight = self._weight * _FADE + 1.0
         self._x = self._x * _FADE + tokens
         self._y = self._y * _FADE + seconds
         self._xx = self._xx * _FADE + tokens * tokens
         self._xy = self._xy * _FADE + tokens * seconds
 
-    def _expected(self, tokens: int) -> float:
+    def seconds(self, tokens: int) -> float:
+        """How long an iteration of so many tokens takes in a stage; infinite as long as too few were seen."""
         if self._weight < 10.0 or self._y <= 0.0:
             return math.inf
         fixed = self.fixed_tokens
@@ -46,6 +49,12 @@ class StepCost:
         if slope <= 0.0:
             return _GUESS
         return min(_MOST, max(_LEAST, mean_y / slope - mean_x))
+
+    @property
+    def beside_decodes(self) -> int:
+        """How many tokens of prompts an iteration may have at which sequences decode: all that wait for it, for a thirtieth of
+        throughput at most."""
+        return max(_LEAST_BESIDE, math.ceil(_FIXED_PARTS * self.fixed_tokens))
 
     def chunk(self, backlog: int, num_stages: int) -> int:
         """The chunk, in tokens, that brings `backlog` tokens of prompts through `num_stages` (at least 2) stages soonest."""

@@ -228,9 +228,9 @@ class Engine:
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def _pump(self, now: float) -> None:
-        """ORCA's loop: launch until as many plans are in flight as there are stages."""
+        """ORCA's loop: launch until as many plans are in flight as there are stages, and one ahead where that helps."""
         epoch, batcher = self._epoch, self.batcher
-        while batcher is not None and len(batcher.in_flight) < batcher.config.depth:
+        while batcher is not None and batcher.wants_plan:
             idle = not batcher.in_flight
             plan = batcher.schedule(now)
             if plan is None:

@@ -3,6 +3,7 @@
 The Batcher, the KV manager and the model runner are those of the cluster; only the messages between them are plain calls.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ class LLM:
         self.tokenizer: Tokenizer = load(files.path)
         self.ranks = LocalRanks(files, self.config, progress=progress)
         batch = batch_settings(self.config, self.ranks.num_blocks, self.ranks.max_model_len, self.ranks.host_blocks)
+        batch = dataclasses.replace(batch, run_ahead="off")  # launching is computing here: nobody waits meanwhile
         self.batcher = Batcher(batch, KVManager(batch))
         self._requests = 0
 
@@ -183,7 +185,7 @@ class _Run:
             batcher.add(request, now)
         try:
             while self._choices:
-                while len(batcher.in_flight) < batcher.config.depth and (plan := batcher.schedule(time.monotonic())) is not None:
+                while batcher.wants_plan and (plan := batcher.schedule(time.monotonic())) is not None:
                     ranks.launch(plan)
                 assert batcher.in_flight, "requests wait, but nothing can run"
                 result = ranks.collect()

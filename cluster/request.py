@@ -88,8 +88,15 @@ class Sequence:
 
     @property
     def schedulable(self) -> int:
-        """Known tokens that no plan has covered yet: many for a prompt, 1 for a decode, 0 while its next token is being drawn."""
+        """Known tokens that no plan has covered yet: many for a prompt, 1 for a decode, 0 while its next token is being drawn, -1
+        while a plan that `chains` is launched too."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def chains(self) -> bool:
+        """Its next token is being drawn, and will not be the last for all that is known: another one can be drawn after it before
+        anybody but the worker knows it."""
+        return self.schedulable == 0 and self.in_flight == 1 and len(self.emitted) + 1 < self.params.max_tokens
 
     @property
     def ahead(self) -> int:

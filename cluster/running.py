@@ -182,7 +182,7 @@ class RunningSet:
     def _give_back(self, sequence: Sequence) -> None:
         """The prefix cache keeps the KV of its whole blocks, as long as there is room."""
         self.sequences.remove(sequence)
-        self.kv.release(sequence.seq, sequence.key, sequence.num_computed)
+        self.kv.release(sequence.seq, sequence.key, min(sequence.num_computed, sequence.num_tokens))
 
     # --- besides ----------------------------------------------------------------------------------------------------
 

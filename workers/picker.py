@@ -39,7 +39,7 @@ class TorchPicker:
             some = logits if len(rows) == len(logits) else logits[list(rows)]
             return (self._filtered if filtered else self._plain)(some, spans).tolist()
         kinds = (filtered, [i for i, span in enumerate(spans) if not span.state.draws.filtered])
-        drawn = {}
+        drawn: dict[int, int] = {}
         for kind in kinds:
             drawn |= zip(kind, self.pick(logits, [rows[i] for i in kind], [spans[i] for i in kind]), strict=True)
         return [drawn[i] for i in range(len(spans))]

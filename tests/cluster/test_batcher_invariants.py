@@ -30,7 +30,7 @@ class Rig:
 
     def launch(self, now: float) -> bool:
         b = self.batcher
-        if len(b.in_flight) == b.config.depth:
+        if not b.wants_plan:
             return False
         plan = checked_schedule(b, now)
         if plan is None:
@@ -88,7 +88,8 @@ def rigs(draw: st.DrawFn) -> Rig:
         max_num_seqs=draw(st.integers(1, 6)),
         max_num_batched_tokens=draw(st.integers(6, 20)),
         pp=draw(st.sampled_from([1, 2, 4])),
-        plans_in_flight=draw(st.sampled_from([None, None, 1, 3, 5])),
+        plans_in_flight=draw(st.sampled_from([None, None, None, 1, 3, 5])),
+        run_ahead=draw(st.sampled_from(["on", "off"])),
         batching=draw(st.sampled_from([*["continuous"] * 4, "static", "static-skip"])),
         reservation=draw(st.sampled_from([*["paged"] * 4, "max_tokens", "contiguous"])),
         prefix_cache=draw(st.sampled_from(["on", "on", "off"])),
@@ -150,6 +151,7 @@ def test_tokens_of_sequences_whose_prefix_sank_and_came_back(seed: int, pp: int,
         max_num_seqs=drawn.randint(1, 4),
         max_num_batched_tokens=drawn.choice([8, 30]),
         pp=pp,
+        run_ahead=drawn.choice(["on", "off"]),
         host_blocks=host_blocks,
     )
     sizes = (config.num_blocks, config.block_size)
@@ -173,21 +175,26 @@ def test_tokens_of_sequences_whose_prefix_sank_and_came_back(seed: int, pp: int,
 
 
 def checked_schedule(b: Batcher, now: float) -> StepPlan | None:
-    drawing = {c.seq for launched in b.in_flight for c in launched.plan.chunks if c.sample}
+    drawing = {c.seq: c for launched in b.in_flight for c in launched.plan.chunks if c.sample}
+    left = {s.seq: s.params.max_tokens - len(s.emitted) for s in b.running if not isinstance(s, Beam)}
     line = {s.seq for s in b.line.waiting}
-    before = {s.seq for s in b.running}
+    known = {s.seq for s in b.running}
     running = len(b.running)
     plan = b.schedule(now)
     if plan is None:
         return None
     forks = [a for a in plan.admitted if a.parent is not None]
-    most = -(-(running + len(forks)) // b.config.depth)
+    most = -(-(running + len(forks)) // b.config.shares)
     seqs = [c.seq for c in plan.chunks]
     assert len(seqs) == len(set(seqs)), "two chunks of one sequence"
-    assert not drawing & set(seqs), "its next token is still being drawn"
+    for chunk in plan.chunks:
+        if before := drawing.get(chunk.seq):
+            assert b.config.may_run_ahead, "its next token is still being drawn"
+            assert (chunk.start, chunk.num_tokens, chunk.tokens) == (before.start + before.num_tokens, 1, []), "not that token's"
+            assert left[chunk.seq] > 1, "there will be no such token"
     assert sum(c.num_tokens for c in plan.chunks) <= b.config.max_num_batched_tokens
     assert len(b.running) <= b.config.max_num_seqs
-    decodes = [c for c in plan.chunks if c.seq in before and c.num_tokens == 1 and c.sample]
+    decodes = [c for c in plan.chunks if c.seq in known and c.num_tokens == 1 and c.sample]
     prefill_of_one = 1  # the last token of a prompt that the budget cut
     assert len(decodes) <= most + prefill_of_one, "more than its share of decodes"
     groups = {s.group: s.group.width for s in b.running if isinstance(s, Beam)}

@@ -59,6 +59,8 @@ def model(tmp_path: Path) -> Path:
     [
         (["--no-such-option"], "--no-such-option"),
         (["--tp", "0"], "tp is 0"),
+        (["--port", "0"], "port is 0"),
+        (["--run-ahead", "on", "--tp", "2"], "run_ahead is for one rank"),
         (["--stage-layers", "3,x"], "stage_layers is '3,x'"),
         (["--pp", "2", "--stage-layers", "1,2,1"], "stage_layers names 3 stages, but pp is 2"),
         (["--name", "a b"], "name is 'a b'"),
@@ -74,11 +76,13 @@ def test_what_cannot_be_is_said_in_one_line(words: list[str], why: str) -> None:
 
 
 def test_a_taken_port_is_named(model: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+    with socket.socket() as taken, socket.socket() as free:
+        for one in (taken, free):
+            one.bind(("127.0.0.1", 0))
         taken.listen()
-        port = taken.getsockname()[1]
-        line = refused("serve", str(model), "--host", "127.0.0.1", "--port", "0", "--grpc-port", str(port))
+        port, other = taken.getsockname()[1], free.getsockname()[1]
+        free.close()
+        line = refused("serve", str(model), "--host", "127.0.0.1", "--port", str(other), "--grpc-port", str(port))
     assert f"port {port} (grpc_port; 0 does without gRPC)" in line
 
 

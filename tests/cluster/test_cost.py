@@ -67,3 +67,9 @@ def test_the_chunk_is_nearly_the_best(stages: int, fixed_s: float, token_s: floa
     chosen = learnt(fixed_s, token_s).chunk(2048, stages)
     best = min(makespan(2048, chunk, stages, fixed_s, token_s) for chunk in range(1, 2049))
     assert makespan(2048, chosen, stages, fixed_s, token_s) < 1.08 * best
+
+
+def test_prompts_beside_decodes_keep_the_fixed_part_small() -> None:
+    assert learnt(0.004, 0.001).beside_decodes == 128
+    assert learnt(1e-6, 0.001).beside_decodes == 64
+    assert StepCost().beside_decodes == 1024, "a guess that cuts nothing before anything is known"

@@ -75,7 +75,7 @@ def test_no_token_below_the_threshold_is_drawn(library: Library, vocab: int, dat
 @pytest.mark.parametrize("place", [0, 70, VOCAB - 1, slice(None)])
 def test_rows_without_numbers_give_some_token_and_harm_no_other_row(library: Library, broken: float, place: int | slice) -> None:
     rng = random.Random(8)
-    spans = []
+    spans: list[Span] = []
     while len(spans) < 30:
         case = random_case(rng)
         if not (case.state.draws.greedy or case.state.draws.adjusted):
