@@ -10,6 +10,7 @@ its blocks until that plan has returned, whatever happens to it meanwhile.
 
 import itertools
 from collections import deque
+from collections.abc import Sequence as Tokens
 
 from cluster.beams import Beam, BeamGroup, why_no_beams
 from cluster.config import BatchConfig
@@ -199,7 +200,7 @@ class Batcher:
         """At most ceil(running / shares), so that every stage has its share. Returns how many tokens they take."""
         most = -(-len(self.running) // self.config.shares)
         ahead = bool(self.in_flight) and self._runs_ahead()
-        count = 0
+        count = tokens = 0
         for sequence in list(self.running):
             if count == most:
                 break
@@ -209,12 +210,15 @@ class Batcher:
                 and sequence.finish is None
                 and self.kv.holds(sequence.seq)
             ):
-                count += self._run(sequence, 1, plan, chosen)
+                room = self.config.max_num_batched_tokens - tokens - (most - count)
+                proposals = self._pace.kept(sequence, most)[: max(0, room)] if sequence.proposed else ()
+                if self._run(sequence, 1, plan, chosen, proposals):
+                    count, tokens = count + 1, tokens + plan.chunks[-1].num_tokens
         if self.config.batching == "static" and any(s.finish is None for s in self.running):
             for sequence in self.running:
                 if count < most and sequence.finish is not None:
                     count += self._rerun(sequence, plan, chosen)
-        return count
+        return max(count, tokens)
 
     def _schedule_prefills(self, plan: StepPlan, chosen: list[Sequence], budget: int) -> int:
         """The next chunks of admitted prompts. Returns the budget left."""
@@ -252,24 +256,31 @@ class Batcher:
             if count > 0 and self._run(sequence, count, plan, chosen):
                 budget -= count
 
-    def _run(self, sequence: Sequence, count: int, plan: StepPlan, chosen: list[Sequence]) -> bool:
-        """Add a chunk of `count` tokens; False if there are no blocks for it now."""
+    def _run(self, sequence: Sequence, count: int, plan: StepPlan, chosen: list[Sequence], proposals: Tokens[int] = ()) -> bool:
+        """Add a chunk of `count` tokens, and of `proposals` if there are blocks for them at once; False if it can't run now."""
         end = sequence.num_computed + count
-        blocks = self.kv.allocate(sequence.seq, end)
+        draws = end >= sequence.num_tokens and sequence.params.max_tokens > 0
+        propose = self._pace.wanted(sequence, len(self.running)) if draws and self.config.speculative_tokens else 0
+        longest = min(end + len(proposals) + propose, max(end, sequence.max_num_tokens))  # a draft model goes on from there
+        blocks = self.kv.allocate(sequence.seq, longest)
+        if blocks is None and (proposals or propose):
+            proposals, propose = (), 0
+            blocks = self.kv.allocate(sequence.seq, end)
         while blocks is None and self._set.make_room(sequence):
             blocks = self.kv.allocate(sequence.seq, end)
         if blocks is None:
             return False
-        last = end >= sequence.num_tokens
         # What workers can't have yet is the token drawn last: the prompt came with the sequence, older tokens with older chunks,
         # and one that is still being drawn (see Sequence.chains) they have before anybody else.
-        tokens = sequence.emitted[-1:] if end == sequence.num_tokens else []
-        draws = last and sequence.params.max_tokens > 0
+        tokens = [*(sequence.emitted[-1:] if end == sequence.num_tokens else ()), *proposals]
         scores = sequence.scoring.take(end)
-        plan.chunks.append(Chunk(sequence.seq, sequence.num_computed, count, blocks, tokens, sample=draws, scores=scores))
+        chunk = Chunk(sequence.seq, sequence.num_computed, count + len(proposals), blocks, tokens, sample=draws, scores=scores)
+        chunk.verify, chunk.propose = len(proposals), propose
+        plan.chunks.append(chunk)
         if sequence.num_computed < len(sequence.request.prompt) or count > 1:  # what is computed again may be others' beginning too
             self.kv.record(sequence.seq, sequence.key, end)
-        sequence.num_computed = end
+        sequence.num_computed = end + len(proposals)
+        sequence.proposed = []
         self._launch(sequence, chosen)
         return True
 
@@ -290,7 +301,7 @@ class Batcher:
     def update(self, result: StepResult) -> list[TokenDelta]:
         """Take in the result of the oldest plan in flight (see `expects`); returns what is new for the clients."""
         launched = self.in_flight.popleft()
-        self._pace.cost.observe(sum(chunk.num_tokens for chunk in launched.plan.chunks), result.compute_s)
+        self._pace.ran(launched.plan, result)
         drawn = {r.seq: r for r in result.results}
         told = {s.seq: s for s in result.scores}
         deltas: list[TokenDelta] = []
@@ -305,6 +316,7 @@ class Batcher:
             elif isinstance(sequence, Beam):
                 outcome = self._advance_beam(sequence, drawn[chunk.seq].logprobs[0]) if chunk.sample else []
             elif chunk.sample:
+                self._verified(sequence, chunk, drawn[chunk.seq])
                 self._advance(sequence, drawn[chunk.seq], delta)
             elif sequence.params.max_tokens == 0 and sequence.schedulable == 0 and sequence.in_flight == 0:
                 delta.finish = "length"  # there was only the prompt to be told of
@@ -329,6 +341,17 @@ class Batcher:
     def expects(self, result: StepResult) -> bool:
         """Whether this is the result of the oldest plan in flight."""
         return bool(self.in_flight) and self.in_flight[0].answered_by(result)
+
+    def _verified(self, sequence: Sequence, chunk: Chunk, result: ChunkResult) -> None:
+        """Only the proposals that stood were computed for good."""
+        sequence.proposed = list(result.proposed)
+        if chunk.verify:
+            stood = len(result.tokens) - 1
+            sequence.num_computed -= chunk.verify - stood
+            self._pace.verified(sequence, chunk.verify, stood)
+            self.counters.verified += 1
+            self.counters.proposed += chunk.verify
+            self.counters.accepted += stood
 
     def _advance(self, sequence: Sequence, result: ChunkResult, delta: TokenDelta) -> None:
         """Take in the tokens drawn, up to one that ends the choice."""

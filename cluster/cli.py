@@ -108,8 +108,12 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
     partition(files.shape, Mesh(config.tp, config.pp).seat(0), config.stage_layers)  # can it be divided so? before Ray is started
     from router.tokenizer import load
 
-    if Path(config.model).expanduser().is_dir():  # workers run in other directories, and on other nodes
-        config = dataclasses.replace(config, model=os.path.abspath(Path(config.model).expanduser()))
+    if config.draft_model is not None:
+        from workers.speculative.load import open_draft_files
+
+        open_draft_files(config.draft_model, files.shape)
+    draft = None if config.draft_model is None else _anywhere(config.draft_model)
+    config = dataclasses.replace(config, model=_anywhere(config.model), draft_model=draft)
     load(files.path)  # a broken tokenizer is the user's to mend, so it is said here and not by a replica
     stop = threading.Event()
     began = time.monotonic()
@@ -118,6 +122,12 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
         protect_ray(os.environ)
         choose_haproxy(config, os.environ, Path(folder))
         _serve(config, stop, began)
+
+
+def _anywhere(model: str) -> str:
+    """Workers run in other directories, and on other nodes."""
+    path = Path(model).expanduser()
+    return os.path.abspath(path) if path.is_dir() else model
 
 
 def _serve(config: Config, stop: threading.Event, began: float) -> None:

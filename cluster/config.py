@@ -21,6 +21,7 @@ PrefixSharing = Literal["all", "api_key"]
 Kernels = Literal["auto", "native", "torch", "reference"]
 RunAhead = Literal["auto", "on", "off"]
 HAProxy = Literal["auto", "on", "off"]
+Speculative = Literal["off", "lookup", "draft"]
 PlacementPolicy = Literal["prefix", "least_loaded", "round_robin"]
 
 _EDGE = frozenset(
@@ -56,6 +57,8 @@ class BatchConfig:
     """Default: as many as stages (ORCA, section 4.2)."""
     run_ahead: RunAhead = "off"
     """See Config; where workers keep the tokens they draw."""
+    speculative_tokens: int = 0
+    """Most tokens proposed for a sequence at a time. 0: none."""
     batching: Batching = "continuous"
     reservation: Reservation = "paged"
     prefix_cache: PrefixCache = "on"
@@ -83,7 +86,8 @@ class BatchConfig:
     @property
     def may_run_ahead(self) -> bool:
         """Whether a plan may hold decodes whose token the plan before it still draws."""
-        return self.run_ahead != "off" and self.pp == 1 and self.plans_in_flight is None and self.batching == "continuous"
+        alone = self.pp == 1 and self.plans_in_flight is None and self.speculative_tokens == 0
+        return self.run_ahead != "off" and alone and self.batching == "continuous"
 
     @property
     def pool_tokens(self) -> int:
@@ -140,10 +144,17 @@ class Config:
     block_size: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    speculative: Speculative = "off"
+    """Tokens are proposed for each sequence and verified together: the same tokens in fewer iterations. lookup: what followed the
+    last few tokens where the sequence had them before (prompt lookup, Saxena 2023). draft: what draft_model draws."""
+    draft_model: str | None = None
+    """A small model of the same vocabulary: a directory or hub id. Only the rank that draws loads it, whole."""
+    speculative_tokens: int = 4
+    """Most tokens proposed for a sequence at a time; fewer, down to none, where they do not stand often enough to pay."""
     run_ahead: RunAhead = "auto"
     """Whether an iteration is planned and sent while the one before it runs, each decode's token still being drawn: then workers
     need not wait for the engine, but a new request waits an iteration longer, and a choice that a stop token ends is computed once
-    too often. auto: while iterations take less than 10 ms. For one rank: with tp or pp it is off."""
+    too often. auto: while iterations take less than 10 ms. For one rank without speculation: else it is off."""
     batching: Batching = "continuous"
     reservation: Reservation = "paged"
     prefix_cache: PrefixCache = "on"
@@ -195,8 +206,17 @@ class Config:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be above 0")
         if not 0.1 <= self.kv_pull_timeout_s <= 3600:
             raise ConfigError(f"kv_pull_timeout_s is {self.kv_pull_timeout_s}, but must be from 0.1 to 3600")
-        if self.run_ahead == "on" and (self.tp * self.pp > 1 or self.plans_in_flight is not None or self.batching != "continuous"):
-            raise ConfigError("run_ahead is for one rank, continuous batching, and as many plans in flight as it takes")
+        plain = self.plans_in_flight is None and self.batching == "continuous" and self.speculative == "off"
+        if self.run_ahead == "on" and not (plain and self.tp * self.pp == 1):
+            raise ConfigError(
+                "run_ahead is for one rank, continuous batching without speculation, and no set number of plans in flight"
+            )
+        if not 1 <= self.speculative_tokens <= 32:
+            raise ConfigError(f"speculative_tokens is {self.speculative_tokens}, but must be from 1 to 32")
+        if (self.draft_model is not None) != (self.speculative == "draft"):
+            raise ConfigError("speculative draft and draft_model go together")
+        if self.speculative != "off" and self.batching != "continuous":
+            raise ConfigError("speculation is for continuous batching")
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}, but ports go from 1 to 65535")
         if self.stage_layers is not None and len(self.stage_layers) != self.pp:
@@ -285,6 +305,8 @@ def batch_settings(config: Config, num_blocks: int, max_model_len: int, host_blo
     `host_blocks` slots in host memory."""
     shared = {field.name for field in dataclasses.fields(BatchConfig)} & {field.name for field in dataclasses.fields(Config)}
     values = {name: getattr(config, name) for name in shared if name != "max_model_len"}
+    if config.speculative == "off":
+        values["speculative_tokens"] = 0
     if config.tp * config.pp > 1:  # who draws tells the others only through the engine
         values["run_ahead"] = "off"
     return BatchConfig(num_blocks=num_blocks, max_model_len=max_model_len, host_blocks=host_blocks, **values)

@@ -13,7 +13,7 @@ _GUESS = 32.0
 _OUTLIER = 4.0
 _LEAST, _MOST = 2.0, 1024.0
 _LEAST_BESIDE = 64
-_FIXED_PARTS = 32
+_FIXED_PARTS = 16
 
 
 class StepCost:
@@ -52,7 +52,7 @@ class StepCost:
 
     @property
     def beside_decodes(self) -> int:
-        """How many tokens of prompts an iteration may have at which sequences decode: all that wait for it, for a thirtieth of
+        """How many tokens of prompts an iteration may have at which sequences decode: all that wait for it, for a sixteenth of
         throughput at most."""
         return max(_LEAST_BESIDE, math.ceil(_FIXED_PARTS * self.fixed_tokens))
 

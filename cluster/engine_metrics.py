@@ -32,6 +32,9 @@ class EngineMetrics:
             MetricSample("vllm:prefix_cache_hits_total", labels, float(self.batches.cached)),
             MetricSample("rayline:kv_host_stored_blocks_total", labels, float(self.batches.stored)),
             MetricSample("rayline:kv_host_loaded_blocks_total", labels, float(self.batches.loaded)),
+            MetricSample("vllm:spec_decode_num_drafts_total", labels, float(self.batches.verified)),
+            MetricSample("vllm:spec_decode_num_draft_tokens_total", labels, float(self.batches.proposed)),
+            MetricSample("vllm:spec_decode_num_accepted_tokens_total", labels, float(self.batches.accepted)),
             MetricSample("rayline:engine_epochs_total", labels, float(self.epochs)),
             *(
                 MetricSample("rayline:stage_compute_seconds_total", (*labels, ("stage", str(stage))), seconds)

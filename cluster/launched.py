@@ -21,4 +21,7 @@ class Launched:
             return False
         asked = sorted((chunk.seq, *chunk.scores) for chunk in chunks if chunk.scores is not None)
         told = sorted((s.seq, s.first, s.first + len(s.logprobs)) for s in result.scores)
-        return asked == told and all(r.tokens for r in result.results)
+        sampled = {chunk.seq: chunk for chunk in chunks if chunk.sample}
+        return asked == told and all(
+            1 <= len(r.tokens) <= 1 + sampled[r.seq].verify and len(r.proposed) <= sampled[r.seq].propose for r in result.results
+        )

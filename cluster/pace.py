@@ -1,16 +1,21 @@
-"""How much goes into an iteration, and whether one is launched ahead, by what iterations cost."""
+"""How much goes into an iteration, whether one is launched ahead, and how much is proposed, by what iterations cost."""
 
 from collections.abc import Iterable
 
+from cluster.acceptance import Acceptance
 from cluster.config import BatchConfig
 from cluster.cost import StepCost
 from cluster.launched import Launched
+from cluster.protocol import StepPlan, StepResult
 from cluster.request import Sequence
 
 _LEAST_CHUNK = 16
 """Tokens of a prompt in one plan, at least, where there are as many."""
 _SHORT_S = 0.01
 """Iterations below it may be run ahead: the engine's turnaround, half a millisecond to one, is a twentieth of it."""
+_TRY_EVERY = 32
+"""Tokens after which one is proposed again where none pays."""
+_DRAFT_FADE = 0.1
 
 
 class Pace:
@@ -20,6 +25,17 @@ class Pace:
         self._config = config
         self.cost = StepCost()
         """To be told of every result."""
+        self._draft_s = 0.0
+        """What the workers take to propose one token more for all sequences that are to have one."""
+        self._usual = Acceptance()
+        """Of all sequences."""
+
+    def ran(self, plan: StepPlan, result: StepResult) -> None:
+        """A plan's result has come."""
+        self.cost.observe(sum(chunk.num_tokens for chunk in plan.chunks), result.compute_s - result.draft_s)
+        longest = max((len(r.proposed) for r in result.results), default=0)
+        if longest:
+            self._draft_s += _DRAFT_FADE * (result.draft_s / longest - self._draft_s)
 
     def prefill_tokens(self, left: int, decodes: int, known: Iterable[Sequence]) -> int:
         """Tokens of prompts, of the `left` that may be, for an iteration with so many decodes. `known`: who runs and who waits.
@@ -45,3 +61,31 @@ class Pace:
             return False
         tokens = sum(chunk.num_tokens for chunk in newest.plan.chunks)
         return self._config.run_ahead == "on" or self.cost.seconds(tokens) < _SHORT_S
+
+    def wanted(self, sequence: Sequence, decodes: int) -> int:
+        """How many tokens to propose for it, among so many that decode.
+
+        An iteration takes `seconds` for at least `decodes` tokens. One token more to verify takes 1 / (fixed_tokens + decodes) of
+        that, and its share of what it takes to propose it. So it pays if it stands with a probability above the product of these
+        seconds and decodes / seconds; the n-th stands if all before it do.
+        """
+        params, acceptance = sequence.params, sequence.acceptance
+        if params.beam_width:
+            return 0
+        most = min(self._config.speculative_tokens, params.max_tokens - len(sequence.emitted) - 2)
+        drafting = self._draft_s / self.cost.seconds(decodes)
+        pays, chance, count = decodes / (self.cost.fixed_tokens + decodes) + drafting, 1.0, 0
+        rate = acceptance.rate(self._usual)
+        while count < most and (chance := chance * rate) > pays:
+            count += 1
+        tries = most > 0 and len(sequence.emitted) % _TRY_EVERY == 0  # what did not stand long ago may do so now
+        return count or int(tries)
+
+    def kept(self, sequence: Sequence, decodes: int) -> list[int]:
+        """Of what was proposed for it, as much as still pays."""
+        return sequence.proposed[: self.wanted(sequence, decodes)]
+
+    def verified(self, sequence: Sequence, proposed: int, stood: int) -> None:
+        """So many of the proposed tokens stood."""
+        sequence.acceptance.observe(proposed, stood)
+        self._usual.observe(proposed, stood)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from cluster.acceptance import Acceptance
 from cluster.protocol import FinishReason, NewSequence, PromptScores, Request, SamplingParams, TokenDelta
 from kv.names import TOKEN_BYTES, pack
 
@@ -52,6 +53,9 @@ class Sequence:
     """Tokens whose KV the prefix cache had when it first got a place."""
     expected: int = 0
     """Tokens whose KV it had when the sequence came."""
+    proposed: list[int] = field(default_factory=list)
+    """What may come next, as far as the workers proposed something."""
+    acceptance: Acceptance = field(default_factory=Acceptance)
     finish: FinishReason | None = None
     """Set once: no further token of it is wanted."""
     told: bool = False
@@ -88,8 +92,8 @@ class Sequence:
 
     @property
     def schedulable(self) -> int:
-        """Known tokens that no plan has covered yet: many for a prompt, 1 for a decode, 0 while its next token is being drawn, -1
-        while a plan that `chains` is launched too."""
+        """Known tokens that no plan has covered yet: many for a prompt, 1 for a decode, 0 while its next token is being drawn, less
+        while a plan that `chains` is launched too, or proposed tokens are verified."""
         return self.num_tokens - self.num_computed
 
     @property

@@ -33,6 +33,12 @@ class Counters:
     """Blocks sent to host memory ..."""
     loaded: int = 0
     """... and brought back."""
+    verified: int = 0
+    """Chunks with proposed tokens ..."""
+    proposed: int = 0
+    """... these tokens ..."""
+    accepted: int = 0
+    """... and of these, the ones that stood."""
 
     def __add__(self, other: "Counters") -> "Counters":
         """Of both."""
@@ -162,7 +168,7 @@ class RunningSet:
     def preempt(self, victim: Sequence) -> None:
         """Its place and its blocks are wanted for others."""
         self._give_back(victim)
-        victim.num_computed = 0
+        victim.num_computed, victim.proposed = 0, []
         self.counters.preemptions += 1
         if isinstance(victim, Beam) and victim.drawn is not None:
             return  # there is nothing to compute before its group's next round

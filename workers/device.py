@@ -73,14 +73,15 @@ def size_pool(
     dtype: torch.dtype,
     device: torch.device,
     neighbours: int = 0,
+    beside: int = 0,
 ) -> int:
     """Blocks that a rank's KV pool holds, the null block included: what the memory allows, at most what the sequences can ever
     need.
 
-    neighbours: how many ranks beside this one share a CPU's memory. Raises ConfigError where the memory doesn't hold the null block
-    and one more.
+    neighbours: how many ranks beside this one share a CPU's memory. beside: bytes per token that a draft model's KV takes. Raises
+    ConfigError where the memory doesn't hold the null block and one more.
     """
-    bytes_per_block = part.kv_bytes_per_token(shape, dtype.itemsize) * config.block_size
+    bytes_per_block = (part.kv_bytes_per_token(shape, dtype.itemsize) + beside) * config.block_size
     budget = config.kv_memory if config.kv_memory is not None else _free_share(device, neighbours)
     if config.kv_memory is None and device.type == "cuda":
         budget = max(0, budget - scratch_bytes(config, shape, max_model_len, dtype) - _SLACK)

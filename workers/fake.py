@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from cluster.protocol import ChunkResult, PromptScores, SamplingParams, StepPlan, StepResult, TokenLogprobs, Transfer
-from workers.sequences import SequenceTable, Span, moves
+from workers.sequences import SequenceState, SequenceTable, Span, moves
 
 _MASK = (1 << 64) - 1
 
@@ -56,6 +56,7 @@ class FakeStage:
     def __init__(
         self, stage: int, num_stages: int, num_blocks: int, block_size: int, vocab_size: int = 997, host_blocks: int = 0
     ) -> None:
+        self.num_stages = num_stages
         self.last = stage == num_stages - 1
         self.first = stage == 0
         self.vocab_size = vocab_size
@@ -82,7 +83,7 @@ class FakeStage:
             if self.last and span.scores is not None:
                 scores.append(_scores(span, states, *span.scores))
             if self.last and span.sample:
-                results.append(self._draw(span, out[-1]))
+                results.append(self._draw(span, out[-1 - span.verify :]))
         return out, StepResult(epoch=plan.epoch, step=plan.step, results=results, scores=scores) if self.last else None
 
     def read(self, blocks: Sequence[int]) -> list[list[int]]:
@@ -122,15 +123,35 @@ class FakeStage:
         block, offset = divmod(position, self.block_size)
         return int(span.state.block_table[block]) * self.block_size + offset
 
-    def _draw(self, span: Span, state: int) -> ChunkResult:
-        params = span.state.params
-        if count := span.state.draws.candidates:
-            told = likeliest(state, count, self.vocab_size)
-            return ChunkResult(span.state.seq, told.top_ids[:1], [told])
-        token = draw(state, params, span.state.choice, self.vocab_size, span.end - span.state.num_prompt)
-        self.table.commit(span, [token])
-        logprobs = [] if params.logprobs is None else [TokenLogprobs(-(token / self.vocab_size), [], [])]
-        return ChunkResult(span.state.seq, [token], logprobs)
+    def _draw(self, span: Span, states: list[int]) -> ChunkResult:
+        """`states`: after each of span.parts."""
+        params, known = span.state.params, span.state
+        if count := known.draws.candidates:
+            told = likeliest(states[0], count, self.vocab_size)
+            return ChunkResult(known.seq, told.top_ids[:1], [told])
+        tokens: list[int] = []
+        for part, state in zip(span.parts, states, strict=True):
+            tokens.append(draw(state, params, known.choice, self.vocab_size, part.end - known.num_prompt))
+            if part.end < span.end and tokens[-1] != known.tokens[part.end]:
+                break
+        self.table.commit(span, tokens)
+        logprobs = [] if params.logprobs is None else [TokenLogprobs(-(token / self.vocab_size), [], []) for token in tokens]
+        return ChunkResult(known.seq, tokens, logprobs, self._propose(known, span.propose))
+
+    def _propose(self, known: SequenceState, count: int) -> list[int]:
+        """What will come next, but for one token in six."""
+        if not count:
+            return []
+        states, value = [0] * self.num_stages, 0
+        for token in known.tokens[: known.num_tokens].tolist():
+            value = _forward(states, token)
+        proposed: list[int] = []
+        while len(proposed) < count - value % 2:
+            emitted = known.num_tokens + len(proposed) - known.num_prompt
+            right = draw(value, known.params, known.choice, self.vocab_size, emitted)
+            proposed.append((right + (value % 6 == 0)) % self.vocab_size)
+            value = _forward(states, proposed[-1])
+        return proposed
 
 
 def _scores(span: Span, states: list[int], first: int, end: int) -> PromptScores:

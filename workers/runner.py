@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -10,19 +11,22 @@ from torch import Tensor
 
 from cluster.config import Config, ConfigError
 from cluster.model import ModelFiles
-from cluster.protocol import ChunkResult, StageTime, StepPlan, StepResult, Transfer
+from cluster.protocol import ChunkResult, StageTime, StepPlan, StepResult
 from kv.pool import HostBlocks, KVPool
 from parallel.handoff import Handoff
 from parallel.membership import ALONE, NO_PEERS, Membership, Peers
 from parallel.partition import partition
-from workers.attention import PagedSpans
-from workers.decoder import Decoder, TokenBatch
+from workers.decoder import Decoder
 from workers.device import resolve_device, resolve_dtype, resolve_max_model_len, size_pool
 from workers.kernels import choose_kernels
 from workers.loader import load_decoder
 from workers.logprobs import score_prompts
-from workers.sampler import Sampler
-from workers.sequences import PlanError, SequenceTable, Span, moves
+from workers.paged import PagedModel
+from workers.sampler import Draw, Sampler
+from workers.sequences import SequenceTable, Span
+from workers.speculative.drafter import Drafter, standing
+from workers.speculative.load import open_draft
+from workers.speculative.lookup import PromptLookup
 
 _KEPT_TIMES = 4096
 
@@ -40,9 +44,10 @@ class ModelRunner:
         handoff: Handoff | None = None,
         leader: bool = True,
         host: HostBlocks | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         """handoff: to and from the neighbouring stages, where there are some. leader: draw tokens, in the last stage. host: memory
-        for blocks that the pool has no room for, where there is some."""
+        for blocks that the pool has no room for, where there is some. drafter: proposes tokens, where they are drawn."""
         self.decoder = decoder
         self.peers = peers
         self.pool = pool
@@ -51,14 +56,13 @@ class ModelRunner:
         self.times: deque[StageTime] = deque(maxlen=_KEPT_TIMES)
         """When each of the last plans was computed here; whoever reads it empties it. On CUDA only the last stage waits for its
         device: of the others it is when they launched."""
-        self._device = pool.keys.device
-        shape, layers = decoder.shape, decoder.part.layers
-        self._attention = decoder.kernels.attention(pool, shape.windows[layers.start : layers.stop])
+        self._model = PagedModel(decoder, pool, host)
+        self._device = self._model.device
         draws = leader and decoder.part.judges
-        self._sampler = Sampler(decoder.kernels.picker(shape.vocab_size, self._device)) if draws else None
+        self._sampler = Sampler(decoder.kernels.picker(decoder.shape.vocab_size, self._device)) if draws else None
         self._sequences = SequenceTable(pool.block_size)
         self._handoff = handoff
-        self._host = host
+        self._drafter = drafter
 
     @property
     def num_blocks(self) -> int:
@@ -75,7 +79,7 @@ class ModelRunner:
     @property
     def host_blocks(self) -> int:
         """Blocks that host memory holds besides."""
-        return 0 if self._host is None else len(self._host.slots)
+        return 0 if self._model.host is None else len(self._model.host.slots)
 
     @property
     def answers(self) -> bool:
@@ -97,13 +101,17 @@ class ModelRunner:
         incoming = self._receive(plan)
         began, clock = time.time(), time.perf_counter()
         spans = self._sequences.apply(plan)
-        self._move(plan)
+        self._model.move(plan)
+        if self._drafter is not None:
+            self._drafter.move(plan)
         result = StepResult(epoch=plan.epoch, step=plan.step, results=[])
         if spans:
             with self.decoder.kernels.awake():
                 hidden = self.forward(spans, incoming)
                 if self.decoder.part.judges:
                     self._answer(hidden, spans, result)
+                if self._drafter is not None:
+                    self._propose(self._drafter, spans, result)
             if self._handoff is not None and not self.decoder.part.judges:
                 self._handoff.send(hidden)
         if self._device.type == "cuda" and self.decoder.part.judges:  # nobody else waits: so many plans, and no more, are queued
@@ -112,30 +120,13 @@ class ModelRunner:
         self.times.append(StageTime(plan.step, began, began + result.compute_s, _num_tokens(plan)))
         return result
 
-    def _move(self, plan: StepPlan) -> None:
-        """Run copies and transfers. On CUDA they only stand in the line of what is to be done: nothing waits."""
-        for move in moves(plan):
-            if not isinstance(move, Transfer):
-                self.pool.copy_blocks(move)
-            elif self._host is None:
-                raise PlanError("a plan wants host memory, but none was set up")
-            elif move.kind == "store":
-                self._host.store(move.blocks, move.slots)
-            else:
-                self._host.load(move.slots, move.blocks)
-
     def reset(self) -> None:
         """Forget all sequences: a new epoch begins."""
         self._sequences = SequenceTable(self.pool.block_size)
 
     def forward(self, spans: Sequence[Span], incoming: Tensor | None = None) -> Tensor:
-        """Run the spans as one flat batch; `incoming` and what is returned are as in Decoder.forward."""
-        paged = PagedSpans.of(spans, self.pool.block_size)
-        positions = paged.positions()
-        rows = np.stack((np.concatenate([span.ids for span in spans]), positions, paged.slots(positions)))
-        ids, positions_there, slots = self._to_device(rows).unbind()
-        batch = TokenBatch(ids, positions_there, slots, self._attention.prepare(paged))
-        return self.decoder.forward(batch, self.pool, incoming)
+        """See PagedModel.forward."""
+        return self._model.forward(spans, incoming)
 
     def _receive(self, plan: StepPlan) -> Tensor | None:
         if self._handoff is None or self.decoder.part.embeds or not plan.chunks:
@@ -149,27 +140,35 @@ class ModelRunner:
         result.results = self._draw(hidden, spans)
 
     def _draw(self, hidden: Tensor, spans: Sequence[Span]) -> list[ChunkResult]:
-        last_rows = np.cumsum([span.num_tokens for span in spans]) - 1
-        sampled = [i for i, span in enumerate(spans) if span.sample]
-        if not sampled:
+        ends = np.cumsum([span.num_tokens for span in spans])
+        drawing = [span for span in spans if span.sample]
+        if not drawing:
             return []
-        if len(sampled) < len(hidden):  # not only decodes
-            hidden = hidden.index_select(0, self._to_device(last_rows[sampled]))
+        rows = [row for end, span in zip(ends, spans, strict=True) if span.sample for row in range(end - 1 - span.verify, end)]
+        if len(rows) < len(hidden):  # not only decodes
+            hidden = hidden.index_select(0, self._model.to_device(np.array(rows)))
         logits = self.decoder.logits(hidden)
         if self._sampler is None:
             return []
-        drawing = [spans[i] for i in sampled]
-        draws = self._sampler.draw(logits, drawing)
-        results = []
-        for span, draw in zip(drawing, draws, strict=True):
-            if not span.state.draws.candidates:  # of beams the engine says which token comes next
-                self._sequences.commit(span, [draw.token])
-            results.append(ChunkResult(span.state.seq, [draw.token], [draw.logprobs] if draw.logprobs else []))
-        return results
+        draws = iter(self._sampler.draw(logits, [part for span in drawing for part in span.parts]))
+        return [self._result(span, list(islice(draws, 1 + span.verify))) for span in drawing]
 
-    def _to_device(self, array: "np.ndarray[tuple[int, ...], np.dtype[np.int32 | np.int64]]") -> Tensor:
-        # From pageable memory, non_blocking returns once the array was taken: nothing waits for the device, and the array may go.
-        return torch.from_numpy(array.astype(np.int64, copy=False)).to(self._device, non_blocking=True)
+    @staticmethod
+    def _propose(drafter: Drafter, spans: Sequence[Span], result: StepResult) -> None:
+        began = time.perf_counter()
+        drawn = {r.seq: r for r in result.results}
+        for span, proposed in zip(spans, drafter.propose(spans), strict=True):
+            if proposed:
+                drawn[span.state.seq].proposed = proposed
+        result.draft_s = time.perf_counter() - began
+
+    def _result(self, span: Span, draws: list[Draw]) -> ChunkResult:
+        if span.verify:
+            draws = standing(span, draws)
+        tokens = [draw.token for draw in draws]
+        if not span.state.draws.candidates:  # of beams the engine says which token comes next
+            self._sequences.commit(span, tokens)
+        return ChunkResult(span.state.seq, tokens, [draw.logprobs for draw in draws if draw.logprobs])
 
 
 def load_runner(
@@ -198,29 +197,37 @@ def load_runner(
     terms["hidden states"] = str(kernels.hidden_dtype(dtype))
     peers = membership.join(device, config.step_timeout_s, terms)
     decoder = load_decoder(files, part, dtype, device, max_model_len, kernels=kernels, peers=peers.stage, progress=progress)
+    answers = seat.leader and part.judges
+    draft = open_draft(config, shape, device, kernels) if answers else None
     if num_blocks is None:
-        num_blocks = size_pool(config, shape, part, max_model_len, dtype, device, peers.neighbours)
+        beside = draft.bytes_per_token if draft is not None else 0
+        num_blocks = size_pool(config, shape, part, max_model_len, dtype, device, peers.neighbours, beside)
     elif num_blocks < 2:
         raise ConfigError(f"num_blocks is {num_blocks}, but a pool needs the null block and at least one more")
     try:
         pool = KVPool(len(part.layers), num_blocks, config.block_size, len(part.kv_heads), shape.head_dim, dtype, device)
+        draft_pool = draft.pool(num_blocks, config.block_size, device) if draft is not None else None
     except RuntimeError as error:  # torch's OutOfMemoryError is one; on a CPU it is just that
         needed = num_blocks * config.block_size * part.kv_bytes_per_token(shape, dtype.itemsize)
         raise ConfigError(f"the {device.type} has no {needed} bytes for the KV pool; set kv_memory to less") from error
-    host = _host_blocks(config, pool)
+    host, draft_host = _host_blocks(config, pool, draft_pool)
+    drafter: Drafter | None = PromptLookup() if config.speculative == "lookup" and answers else None
+    if draft is not None and draft_pool is not None:
+        drafter = draft.load(draft_pool, draft_host, max_model_len, kernels)
     handoff = Handoff(peers.column, shape.hidden_size, decoder.stack.hidden_dtype, device) if seat.mesh.pp > 1 else None
-    return ModelRunner(decoder, pool, max_model_len, peers=peers, handoff=handoff, leader=seat.leader, host=host)
+    return ModelRunner(decoder, pool, max_model_len, peers=peers, handoff=handoff, leader=seat.leader, host=host, drafter=drafter)
 
 
-def _host_blocks(config: Config, pool: KVPool) -> HostBlocks | None:
-    """The host memory that the settings want. Raises ConfigError."""
+def _host_blocks(config: Config, pool: KVPool, draft: KVPool | None) -> tuple[HostBlocks | None, HostBlocks | None]:
+    """The host memory that the settings want, for the pool and for the draft model's, as many slots of each. Raises ConfigError."""
     if not config.host_kv_memory:
-        return None
-    slots = config.host_kv_memory // pool.bytes_per_block
+        return None, None
+    needed = pool.bytes_per_block + (draft.bytes_per_block if draft is not None else 0)
+    slots = config.host_kv_memory // needed
     if not slots:
-        raise ConfigError(f"{config.host_kv_memory} bytes of host_kv_memory hold no block, which takes {pool.bytes_per_block}")
+        raise ConfigError(f"{config.host_kv_memory} bytes of host_kv_memory hold no block, which takes {needed}")
     try:
-        return HostBlocks(pool, slots)
+        return HostBlocks(pool, slots), HostBlocks(draft, slots) if draft is not None else None
     except RuntimeError as error:
         raise ConfigError(f"the host has no {config.host_kv_memory} bytes for KV; set host_kv_memory to less") from error
 

@@ -37,6 +37,11 @@ class SequenceState:
         self.tokens[start:end] = ids
         self.num_tokens = end
 
+    def suggest(self, position: int, token: int) -> None:
+        """Write a token that may or may not come; it is not known."""
+        self.tokens = _grown(self.tokens, position + 1)
+        self.tokens[position] = token
+
     def add_blocks(self, ids: list[int]) -> None:
         """Append to the block table."""
         end = self.num_blocks + len(ids)
@@ -65,11 +70,22 @@ class Span:
     sample: bool
     scores: tuple[int, int] | None = None
     """[first, end): prompt positions whose log-probabilities are wanted."""
+    verify: int = 0
+    """The last so many tokens were proposed."""
+    propose: int = 0
+    """At most so many tokens to propose afterwards."""
 
     @property
     def num_tokens(self) -> int:
         """Queries of this span."""
         return self.end - self.start
+
+    @property
+    def parts(self) -> "list[Span]":
+        """What a token is drawn after: all of it, and where tokens are verified each part that ends before one of them."""
+        if not self.verify:
+            return [self]
+        return [Span(self.state, self.start, end, self.sample) for end in range(self.end - self.verify, self.end + 1)]
 
     @property
     def ids(self) -> NDArray[np.int32]:
@@ -93,8 +109,10 @@ class SequenceTable:
         return [self._advance(chunk) for chunk in plan.chunks]
 
     def commit(self, span: Span, tokens: list[int]) -> None:
-        """Tokens drawn here after `span`: known from now on, so that a next plan need not carry them."""
-        span.state.put_tokens(span.end, tokens)
+        """Tokens drawn here after what `span` has before those to verify: known from now on, so that a next plan need not carry
+        them; those of the span that differ are not."""
+        span.state.put_tokens(span.end - span.verify, tokens)
+        span.state.num_computed = span.state.num_tokens - 1
 
     def _admit(self, admission: Admission) -> None:
         if admission.new is not None:
@@ -130,8 +148,10 @@ class SequenceTable:
             raise PlanError(f"sequence {chunk.seq}: {end} positions don't fit {state.num_blocks} blocks")
         if chunk.scores is not None and not chunk.start < chunk.scores[0] < chunk.scores[1] <= min(end + 1, state.num_prompt):
             raise PlanError(f"sequence {chunk.seq}: positions [{chunk.start}, {end}) can't tell scores {chunk.scores}")
+        if not 0 <= chunk.verify < min(chunk.num_tokens, len(chunk.tokens) + 1):
+            raise PlanError(f"sequence {chunk.seq}: {chunk.verify} of {chunk.num_tokens} tokens are to be verified")
         state.num_computed = end
-        return Span(state, chunk.start, end, chunk.sample, chunk.scores)
+        return Span(state, chunk.start, end, chunk.sample, chunk.scores, chunk.verify, chunk.propose)
 
 
 def moves(plan: StepPlan) -> Iterator[list[tuple[int, int]] | Transfer]:

@@ -45,6 +45,10 @@ class Chunk(Wire):
     """Draw a token from the logits of the last position."""
     scores: tuple[int, int] | None = None
     """[first, end): prompt positions whose log-probabilities are wanted; the logits one position before tell each of them."""
+    verify: int = 0
+    """The last so many of `tokens` were proposed: they stand as far as the tokens drawn before each of them are the same."""
+    propose: int = 0
+    """At most so many tokens to propose, after those that are drawn."""
 
 
 class Transfer(Wire):
@@ -79,7 +83,7 @@ class StepPlan(Wire, tag=True, kw_only=True):
 
 
 class ChunkResult(Wire):
-    """Of one chunk with `sample`: the tokens drawn (several only for verified drafts).
+    """Of one chunk with `sample`: the tokens drawn: one, and one more for each token to verify that stood.
 
     Of a beam: the likeliest token, and in `logprobs` one entry with as many likeliest ones as beam_width and stop tokens come to,
     or as many as are asked for. Which of them comes next is the engine's to say, in `tokens` of the next chunk.
@@ -88,6 +92,8 @@ class ChunkResult(Wire):
     seq: int
     tokens: list[int]
     logprobs: list[TokenLogprobs]
+    proposed: list[int] = []
+    """What may come next."""
 
 
 class PromptScores(Wire):
@@ -108,3 +114,5 @@ class StepResult(Wire, tag=True, kw_only=True):
     error: str | None = None
     """A worker's exception: the epoch is over."""
     scores: list[PromptScores] = []
+    draft_s: float = 0.0
+    """Of compute_s, what proposing took."""

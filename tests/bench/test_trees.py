@@ -1,4 +1,4 @@
-"""The benchmarks of the radix tree, the prefix index and placement, as small as they go."""
+"""The benchmarks of the Batcher, the radix tree, the prefix index and placement, as small as they go."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench import index, trees
+from bench import index, scheduling, trees
 
 
 def test_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,3 +38,11 @@ def test_engines_have_room_for_what_is_asked(capsys: pytest.CaptureFixture[str])
 def _holders(rows: list[dict[str, Any]]) -> list[Any]:
     assert all(row["p99, ms"] >= row["median, ms"] > 0 for row in rows)
     return [row["at the holder"] for row in rows]
+
+
+def test_scheduling(tmp_path: Path) -> None:
+    scheduling.main(["--sequences", "3,8", "--iterations", "5", "--out", str(tmp_path)])
+    (table,) = json.loads((tmp_path / "scheduling.json").read_text())["tables"].values()
+    assert [row["sequences"] for row in table] == [3, 8]
+    assert all(row["schedule, us"] > 0 and row["update, us"] > 0 for row in table)
+    assert len(scheduling.measure(4, 7)[0].us) == 7

@@ -90,6 +90,7 @@ def rigs(draw: st.DrawFn) -> Rig:
         pp=draw(st.sampled_from([1, 2, 4])),
         plans_in_flight=draw(st.sampled_from([None, None, None, 1, 3, 5])),
         run_ahead=draw(st.sampled_from(["on", "off"])),
+        speculative_tokens=draw(st.sampled_from([0, 0, 1, 4])),
         batching=draw(st.sampled_from([*["continuous"] * 4, "static", "static-skip"])),
         reservation=draw(st.sampled_from([*["paged"] * 4, "max_tokens", "contiguous"])),
         prefix_cache=draw(st.sampled_from(["on", "on", "off"])),
@@ -152,6 +153,7 @@ def test_tokens_of_sequences_whose_prefix_sank_and_came_back(seed: int, pp: int,
         max_num_batched_tokens=drawn.choice([8, 30]),
         pp=pp,
         run_ahead=drawn.choice(["on", "off"]),
+        speculative_tokens=drawn.choice([0, 3]),
         host_blocks=host_blocks,
     )
     sizes = (config.num_blocks, config.block_size)
@@ -194,7 +196,8 @@ def checked_schedule(b: Batcher, now: float) -> StepPlan | None:
             assert left[chunk.seq] > 1, "there will be no such token"
     assert sum(c.num_tokens for c in plan.chunks) <= b.config.max_num_batched_tokens
     assert len(b.running) <= b.config.max_num_seqs
-    decodes = [c for c in plan.chunks if c.seq in known and c.num_tokens == 1 and c.sample]
+    decodes = [c for c in plan.chunks if c.seq in known and c.num_tokens == 1 + c.verify and c.sample]
+    assert all(c.verify <= b.config.speculative_tokens for c in plan.chunks)
     prefill_of_one = 1  # the last token of a prompt that the budget cut
     assert len(decodes) <= most + prefill_of_one, "more than its share of decodes"
     groups = {s.group: s.group.width for s in b.running if isinstance(s, Beam)}

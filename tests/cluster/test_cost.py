@@ -70,6 +70,6 @@ def test_the_chunk_is_nearly_the_best(stages: int, fixed_s: float, token_s: floa
 
 
 def test_prompts_beside_decodes_keep_the_fixed_part_small() -> None:
-    assert learnt(0.004, 0.001).beside_decodes == 128
+    assert learnt(0.006, 0.001).beside_decodes in (96, 97)
     assert learnt(1e-6, 0.001).beside_decodes == 64
-    assert StepCost().beside_decodes == 1024, "a guess that cuts nothing before anything is known"
+    assert StepCost().beside_decodes == 512, "a guess that cuts nothing before anything is known"

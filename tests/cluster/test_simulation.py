@@ -56,6 +56,7 @@ def simulations(draw: st.DrawFn, pp: int, reservation: Reservation = "paged", ba
         prefix_cache=draw(st.sampled_from(["on", "on", "on", "off"])),
         host_blocks=draw(st.sampled_from([0, 0, 2, 20])),
         run_ahead=draw(st.sampled_from(["on", "auto", "off"])),
+        speculative_tokens=draw(st.sampled_from([0, 0, 3])),
     )
     longest = batch.max_sequence_tokens
     forks = reservation == "paged" and batching == "continuous"
@@ -179,6 +180,7 @@ def test_kv_pulled_from_other_engines_is_right_whatever_dies(pp: int) -> None:
             plans_in_flight=chance.choice([None, pp + 1]),
             host_blocks=chance.choice([0, 30]),
             run_ahead=chance.choice(["on", "off"]),
+            speculative_tokens=chance.choice([0, 4]),
         )
         length = min(40, batch.max_sequence_tokens - 8)
         stems = [chance.choices(range(997), k=length) for _ in range(3)]

@@ -1,0 +1,98 @@
+"""A small model proposes: it has read all that the target has, and goes on from the token drawn last (Leviathan et al. 2023).
+
+Its keys and values lie in a pool of its own under the target's block ids, so they are shared, copied, kept and evicted with the
+target's. It reads what is new of a sequence when it is asked to propose something, up to the token just drawn, and then runs a
+token at a time. It draws with the target's noise, filters and penalties: where both models agree on the likeliest token after the
+noise, the proposal stands.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cluster.protocol import StepPlan, Transfer
+from workers.paged import PagedModel
+from workers.sampler import Sampler
+from workers.sequences import SequenceState, Span, moves
+
+_PIECE = 512
+"""Tokens that are read at once."""
+
+
+class DraftModel:
+    """See workers.speculative.drafter.Drafter."""
+
+    def __init__(self, model: PagedModel) -> None:
+        """model: whole, on this rank, of the target's vocabulary."""
+        self._model = model
+        self._size = model.pool.block_size
+        self._sampler = Sampler(model.decoder.kernels.picker(model.decoder.shape.vocab_size, model.device))
+        self._read = np.zeros(model.pool.num_blocks, dtype=np.int64)
+        """[num_blocks]: of how many of its slots, from the first on, keys and values are those of what the target has there."""
+        self._read_on_host = np.zeros(0 if model.host is None else len(model.host.slots), dtype=np.int64)
+
+    def move(self, plan: StepPlan) -> None:
+        """See Drafter."""
+        self._model.move(plan)
+        for move in moves(plan):
+            if not isinstance(move, Transfer):
+                for source, target in move:
+                    self._read[target] = self._read[source]
+            elif move.kind == "store":
+                self._read_on_host[move.slots] = self._read[move.blocks]
+            else:
+                self._read[move.blocks] = self._read_on_host[move.slots]
+
+    def propose(self, spans: Sequence[Span]) -> list[list[int]]:
+        """See Drafter. Of a sequence whose blocks have no room for what it would be asked, nothing."""
+        for span in spans:
+            self._forget(span)
+        proposed: list[list[int]] = [[] for _ in spans]
+        going = [(proposed[i], span.state, span.propose) for i, span in enumerate(spans) if self._has_room(span)]
+        if not going:
+            return proposed
+        reading = [self._last_piece(self._unread(state)) for _, state, _ in going]
+        while going:
+            hidden = self._model.forward(reading)
+            if len(hidden) > len(reading):
+                hidden = hidden.index_select(0, self._model.to_device(np.cumsum([span.num_tokens for span in reading]) - 1))
+            draws = self._sampler.draw(self._model.decoder.logits(hidden), reading)
+            coming: list[tuple[list[int], SequenceState, int]] = []
+            for (found, state, count), draw in zip(going, draws, strict=True):
+                found.append(draw.token)
+                if len(found) < count:
+                    state.suggest(state.num_tokens + len(found) - 1, draw.token)
+                    coming.append((found, state, count))
+            going = coming
+            ends = [state.num_tokens + len(found) for found, state, _ in going]
+            reading = [Span(state, end - 1, end, True) for (_, state, _), end in zip(going, ends, strict=True)]
+        return proposed
+
+    def _has_room(self, span: Span) -> bool:
+        """For the keys and values of all tokens that it would read."""
+        state = span.state
+        return span.propose > 0 and state.num_tokens + span.propose - 1 <= state.num_blocks * self._size
+
+    def _forget(self, span: Span) -> None:
+        """The target has something new there."""
+        first, rest = divmod(span.start, self._size)
+        blocks = span.state.blocks[first : (span.end - 1) // self._size + 1]
+        self._read[blocks[0]] = min(self._read[blocks[0]], rest)
+        self._read[blocks[1:]] = 0
+
+    def _unread(self, state: SequenceState) -> Span:
+        """What is known of a sequence and not read, the last token in any case; taken for read from now on."""
+        blocks = state.blocks[: -(-state.num_tokens // self._size)]
+        counts = self._read[blocks]
+        number = int((counts < self._size).argmax()) if (counts < self._size).any() else len(blocks) - 1
+        start = min(number * self._size + int(counts[number]), state.num_tokens - 1)
+        self._read[blocks[number:-1]] = self._size
+        self._read[blocks[-1]] = state.num_tokens - (len(blocks) - 1) * self._size
+        return Span(state, start, state.num_tokens, True)
+
+    def _last_piece(self, span: Span) -> Span:
+        """What is left of it when the rest has been read."""
+        while span.num_tokens > _PIECE:
+            self._model.forward([Span(span.state, span.start, span.start + _PIECE, False)])
+            span = Span(span.state, span.start + _PIECE, span.end, True)
+        return span
