@@ -52,7 +52,7 @@ class Batcher:
         self._set = RunningSet(config, kv, self.line)
         self._next_seq = 0
         self._next_step = 0
-        self._pace = Pace(config)
+        self.pace = Pace(config)
 
     @property
     def running(self) -> list[Sequence]:
@@ -157,7 +157,7 @@ class Batcher:
         return len(self.in_flight) < self.config.shares + (bool(self.in_flight) and self._runs_ahead())
 
     def _runs_ahead(self) -> bool:
-        return not self._groups and self._pace.runs_ahead(self.in_flight[-1], self.kv.num_free, len(self.running))
+        return not self._groups and self.pace.runs_ahead(self.in_flight[-1], self.kv.num_free, len(self.running))
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next iteration, launched: None if nothing can run now. Call while `wants_plan`."""
@@ -172,7 +172,7 @@ class Batcher:
                 self._stand_in_line(beam)
         decodes = self._schedule_decodes(plan, chosen)
         known = itertools.chain(self.running, self.line.waiting)
-        budget = self._pace.prefill_tokens(self.config.max_num_batched_tokens - decodes, decodes, known)
+        budget = self.pace.prefill_tokens(self.config.max_num_batched_tokens - decodes, decodes, known)
         budget = self._schedule_prefills(plan, chosen, budget)
         self._admit(plan, chosen, budget)
         awaited = self.kv.has_transfers and self._set.besides
@@ -211,7 +211,7 @@ class Batcher:
                 and self.kv.holds(sequence.seq)
             ):
                 room = self.config.max_num_batched_tokens - tokens - (most - count)
-                proposals = self._pace.kept(sequence, most)[: max(0, room)] if sequence.proposed else ()
+                proposals = self.pace.kept(sequence, most)[: max(0, room)] if sequence.proposed else ()
                 if self._run(sequence, 1, plan, chosen, proposals):
                     count, tokens = count + 1, tokens + plan.chunks[-1].num_tokens
         if self.config.batching == "static" and any(s.finish is None for s in self.running):
@@ -260,7 +260,7 @@ class Batcher:
         """Add a chunk of `count` tokens, and of `proposals` if there are blocks for them at once; False if it can't run now."""
         end = sequence.num_computed + count
         draws = end >= sequence.num_tokens and sequence.params.max_tokens > 0
-        propose = self._pace.wanted(sequence, len(self.running)) if draws and self.config.speculative_tokens else 0
+        propose = self.pace.wanted(sequence, len(self.running)) if draws and self.config.speculative_tokens else 0
         longest = min(end + len(proposals) + propose, max(end, sequence.max_num_tokens))  # a draft model goes on from there
         blocks = self.kv.allocate(sequence.seq, longest)
         if blocks is None and (proposals or propose):
@@ -301,7 +301,7 @@ class Batcher:
     def update(self, result: StepResult) -> list[TokenDelta]:
         """Take in the result of the oldest plan in flight (see `expects`); returns what is new for the clients."""
         launched = self.in_flight.popleft()
-        self._pace.ran(launched.plan, result)
+        self.pace.ran(launched.plan, result)
         drawn = {r.seq: r for r in result.results}
         told = {s.seq: s for s in result.scores}
         deltas: list[TokenDelta] = []
@@ -348,7 +348,7 @@ class Batcher:
         if chunk.verify:
             stood = len(result.tokens) - 1
             sequence.num_computed -= chunk.verify - stood
-            self._pace.verified(sequence, chunk.verify, stood)
+            self.pace.verified(sequence, chunk.verify, stood)
             self.counters.verified += 1
             self.counters.proposed += chunk.verify
             self.counters.accepted += stood

@@ -222,6 +222,53 @@ def bench(model: str | None, config_file: str | None, profile: bool, repetitions
 
 
 @cli.command()
+@click.argument("target")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--text", type=click.Path(path_type=Path, exists=True), multiple=True, required=True, help="Files, or folders of them."
+)
+@click.option(
+    "--held-out", type=click.Path(path_type=Path, exists=True), multiple=True, help="To measure on. Default: the end of it."
+)
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True, help="Of processor time.")
+@click.option("--steps", type=click.IntRange(min=1), help="Instead of --minutes.")
+@click.option(
+    "--hidden", type=click.IntRange(min=8), help="Width of the draft. Default: TARGET's, whose weights it then begins with."
+)
+@click.option("--intermediate", type=click.IntRange(min=8), help="Its inner features. Default: half of TARGET's.")
+@click.option("--layers", type=click.IntRange(min=1), default=1, show_default=True, help="Its layers.")
+@click.option("--own", type=click.FloatRange(0, 1), default=0.5, show_default=True, help="Share of TARGET's own text.")
+@click.option("--samples", type=click.IntRange(min=1), default=1500, show_default=True, help="Pieces of that text.")
+@click.option("--batch-tokens", type=click.IntRange(min=64), default=8192, show_default=True, help="Of one update.")
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in OUT.")
+@click.option("--compiled/--no-compiled", default=True, show_default=True, help="Compile the draft: needs a C++ compiler.")
+def distill(target: str, out: Path, text: tuple[Path, ...], held_out: tuple[Path, ...], **options: Any) -> None:
+    """Train a small draft model for TARGET (a directory or hub id) on a text, and write it to OUT."""
+    import torch
+
+    from compress.distill import Distillation, DraftShape, read_text
+    from compress.distill import distill as train
+
+    torch.set_num_threads(options.pop("threads"))
+    if options["steps"] is not None:
+        options["minutes"] = None
+    resume, size = options.pop("resume"), [options.pop(name) for name in ("hidden", "intermediate", "layers")]
+    try:
+        files, texts, others = open_model(target), read_text(text), read_text(held_out) if held_out else []
+        recipe = Distillation(shape=DraftShape.of(files.shape, *size), **options)
+        figures = train(files, recipe, texts, out, held_out_texts=others, resume=resume)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+    for name, found in figures["acceptance"].items():
+        shares = ", ".join(f"{share:.0%}" for share in found["by_position"])
+        click.echo(
+            f"{name}: {shares} of the proposed tokens stand, {found['tokens_per_step']:.2f} tokens for each step of the target"
+        )
+
+
+@cli.command()
 @click.option("--url", default="http://localhost:8000/v1", show_default=True, help="Of the server, /v1 included.")
 @click.option("--api-key", envvar="OPENAI_API_KEY", help="Of the server, if it asks for one. Default: $OPENAI_API_KEY.")
 @click.option("--model", help="Default: the first that the server names.")

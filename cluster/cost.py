@@ -21,6 +21,9 @@ class StepCost:
 
     def __init__(self) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
+        self.fixed_tokens = _GUESS
+        """How many tokens take as long as an iteration's fixed part. A guess until sizes were seen that tell, and what those told
+        as long as later ones are too much alike."""
 
     def observe(self, tokens: int, seconds: float) -> None:
         """An iteration of so many tokens took so long in a stage. If that is far too long, the process stood still: it is cut."""
@@ -30,6 +33,7 @@ class StepCost:
         self._y = self._y * _FADE + seconds
         self._xx = self._xx * _FADE + tokens * tokens
         self._xy = self._xy * _FADE + tokens * seconds
+        self._learn()
 
     def seconds(self, tokens: int) -> float:
         """How long an iteration of so many tokens takes in a stage; infinite as long as too few were seen."""
@@ -38,17 +42,12 @@ class StepCost:
         fixed = self.fixed_tokens
         return self._y / (self._x + self._weight * fixed) * (tokens + fixed)
 
-    @property
-    def fixed_tokens(self) -> float:
-        """How many tokens take as long as an iteration's fixed part. A guess as long as too few sizes were seen to tell."""
-        if self._weight == 0.0:
-            return _GUESS
+    def _learn(self) -> None:
         mean_x, mean_y = self._x / self._weight, self._y / self._weight
         variance = self._xx / self._weight - mean_x**2
         slope = (self._xy / self._weight - mean_x * mean_y) / variance if variance > (mean_x / 4) ** 2 else 0.0
-        if slope <= 0.0:
-            return _GUESS
-        return min(_MOST, max(_LEAST, mean_y / slope - mean_x))
+        if slope > 0.0:
+            self.fixed_tokens = min(_MOST, max(_LEAST, mean_y / slope - mean_x))
 
     @property
     def beside_decodes(self) -> int:

@@ -14,8 +14,10 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
@@ -236,3 +238,17 @@ class Rows:
     def batch(self, first: int, rows: int, length: int) -> Tensor:
         """Token ids [rows, length] of the rows from number `first` on."""
         return torch.stack([self.row(first + index, length) for index in range(rows)]).long()
+
+
+def main(folder: Annotated[Path, typer.Argument(help="Where to write the files: below training/ and held_out/.")]) -> None:
+    """Write the corpus down, as files of text."""
+    corpus = collect(standard_library())
+    for name, documents in (("training", corpus.training), ("held_out", corpus.held_out)):
+        for document in documents:
+            file = folder / name / document.path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(document.text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -12,21 +12,18 @@ import copy
 import json
 import math
 import signal
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from tokenizers import Tokenizer
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from compress.corpus import SPECIAL_TOKENS, Corpus, Document, Rows, collect, standard_library, stream, train_tokenizer
+from compress.training import Plan, Trainer, loss_of
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -69,211 +66,12 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to train. Exactly one of `minutes` and `steps` bounds the run."""
+class Recipe(Plan):
+    """How to train it."""
 
     shape: Shape = field(default_factory=Shape)
-    minutes: float | None = 70.0
-    steps: int | None = None
-    batch_tokens: int = 8192
-    micro_tokens: int = 2048
-    context: int = 512
-    long_share: float = 0.2  # last part of the run, on rows of all `positions`
-    chat_every: int = 10  # one row in so many is chat
-    warm_up: float = 0.02
-    matrix_rate: float = 0.02
-    vector_rate: float = 3e-3
-    decay: float = 0.1
-    clip: float = 1.0
-    seed: int = 0
-    save_minutes: float = 5.0
-    compiled: bool = True
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised, for the hidden matrices.
-
-    `torch.optim.Muon` does the same in bfloat16, which a processor without bfloat16
-    instructions runs some 35 times slower than this float32 version: there it would
-    cost more than the gradients.
-    """
-
-    def __init__(self, params: Iterable[Tensor], lr: float, decay: float) -> None:
-        super().__init__(params, {"lr": lr, "momentum": 0.95, "decay": decay})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for weight in group["params"]:
-                state = self.state[weight]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(weight)
-                momentum = state["momentum"].mul_(group["momentum"]).add_(weight.grad)
-                update = orthogonal(weight.grad + group["momentum"] * momentum)
-                tall = math.sqrt(max(1.0, weight.shape[0] / weight.shape[1]))
-                weight.mul_(1 - group["lr"] * group["decay"])
-                weight.add_(update, alpha=-group["lr"] * tall)
-
-
-def orthogonal(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """Push the singular values of `matrix` [m, n] towards one by Newton-Schulz rounds."""
-    turned = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if turned else matrix
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(rounds):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.T if turned else x
-
-
-def processor_time() -> float:
-    """Seconds for which every thread of the arithmetic has had a processor."""
-    return time.process_time() / torch.get_num_threads()
-
-
-class Schedule:
-    """Progress from 0 to 1, by time or by steps, and the learning rate from it.
-
-    Time is processor time: on a busy machine, or stopped for a while, a run takes longer
-    instead of ending with less training.
-    """
-
-    def __init__(self, recipe: Recipe) -> None:
-        if (recipe.minutes is None) == (recipe.steps is None):
-            raise ValueError("give either minutes or steps")
-        self.recipe = recipe
-        self.step = 0
-        self.seconds = 0.0
-        self.end = 1.0
-        self.hurried_at: float | None = None
-
-    def advance(self, seconds: float) -> None:
-        self.step += 1
-        self.seconds += seconds
-
-    def state(self) -> dict[str, Any]:
-        """All that changes during a run, for a checkpoint."""
-        return {name: value for name, value in vars(self).items() if name != "recipe"}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-
-    @property
-    def progress(self) -> float:
-        if self.recipe.steps is not None:
-            return self.step / self.recipe.steps
-        assert self.recipe.minutes is not None
-        return self.seconds / (60 * self.recipe.minutes)
-
-    @property
-    def done(self) -> bool:
-        return self.progress >= self.end
-
-    @property
-    def long(self) -> bool:
-        return self.hurried_at is not None or self.progress >= 1 - self.recipe.long_share
-
-    def hurry(self) -> None:
-        """Finish within a tenth of the schedule from here."""
-        if self.hurried_at is None:
-            self.hurried_at = self.progress
-            self.end = min(1.0, self.progress + 0.1)
-
-    def _planned(self, progress: float) -> float:
-        rising = (progress + 1e-3) / max(self.recipe.warm_up, 1e-3)
-        return min(1.0, rising, max(0.0, (1 - progress) / (1 - self.recipe.warm_up)))
-
-    def factor(self) -> float:
-        """What the peak learning rates are multiplied by at this moment."""
-        if self.hurried_at is None:
-            return self._planned(self.progress)
-        left = (self.end - self.progress) / max(self.end - self.hurried_at, 1e-9)
-        return self._planned(self.hurried_at) * max(0.0, left)
-
-
-def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
-    """Mean next-token loss in nats of token ids [rows, length + 1]."""
-    logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-    return cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-
-
-class Trainer:
-    """One training run: the model, its optimizers, and where it stands."""
-
-    def __init__(self, recipe: Recipe, rows: Rows) -> None:
-        torch.manual_seed(recipe.seed)
-        self.recipe = recipe
-        self.rows = rows
-        self.model = Qwen3ForCausalLM(recipe.shape.config())
-        self.schedule = Schedule(recipe)
-        self.rows_taken = 0
-        self.tokens = 0
-        matrices = [w for n, w in self.model.named_parameters() if w.ndim == 2 and "embed" not in n]
-        others = [w for n, w in self.model.named_parameters() if w.ndim != 2 or "embed" in n]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=recipe.matrix_rate, decay=recipe.decay),
-            torch.optim.AdamW(others, lr=recipe.vector_rate, betas=(0.9, 0.95), weight_decay=0.0),
-        ]
-        self.peaks = (recipe.matrix_rate, recipe.vector_rate)
-        loss: Callable[[Tensor], Tensor] = lambda batch: loss_of(self.model, batch)  # noqa: E731
-        self.loss = torch.compile(loss, dynamic=False) if recipe.compiled else loss
-
-    def train_step(self) -> float:
-        """One update from `batch_tokens` tokens; the mean loss over them, in nats."""
-        recipe = self.recipe
-        length = recipe.shape.positions if self.schedule.long else recipe.context
-        rows = max(1, recipe.micro_tokens // length)
-        pieces = max(1, recipe.batch_tokens // (rows * length))
-        total = 0.0
-        for _ in range(pieces):
-            loss = self.loss(self.rows.batch(self.rows_taken, rows, length + 1)) / pieces
-            torch.autograd.backward(loss)
-            total += loss.item()
-            self.rows_taken += rows
-            self.tokens += rows * length
-        nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
-        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * self.schedule.factor()
-            optimizer.step()
-            optimizer.zero_grad()
-        return total
-
-    def save(self, path: Path) -> None:
-        """Write all that `resume` needs; the old checkpoint stays until the new one is whole."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "schedule": self.schedule.state(),
-            "counters": (self.rows_taken, self.tokens),
-        }
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(path)
-
-    def resume(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.schedule.restore(state["schedule"])
-        self.rows_taken, self.tokens = state["counters"]
-
-    def run(self, checkpoint: Callable[[], None]) -> float:
-        """Train to the end of the schedule; the smoothed training loss at the end, in nats."""
-        smooth, saved = math.nan, time.monotonic()
-        with tqdm(total=100.0, mininterval=5, bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
-            while not self.schedule.done:
-                began = processor_time()
-                loss = self.train_step()
-                self.schedule.advance(processor_time() - began)
-                smooth = loss if math.isnan(smooth) else 0.97 * smooth + 0.03 * loss
-                bar.set_postfix(step=self.schedule.step, loss=f"{smooth:.3f}", tokens=self.tokens, refresh=False)
-                bar.update(min(100.0, 100 * self.schedule.progress) - bar.n)
-                if time.monotonic() - saved > 60 * self.recipe.save_minutes:
-                    checkpoint()
-                    saved = time.monotonic()
-        return smooth
+    chat_every: int = 10
+    """One row in so many is chat."""
 
 
 # ------------------------------------------------------------------ what is shipped
@@ -331,7 +129,9 @@ def train(recipe: Recipe, corpus: Corpus, folder: Path, resume: bool = False) ->
     corpus.write_listing(folder / "data.json")
     tokenizer = train_tokenizer((document.text for document in corpus.training), recipe.shape.vocab)
     export_tokenizer(tokenizer, recipe.shape, folder)
-    trainer = Trainer(recipe, Rows(tokenizer, corpus.training, recipe.chat_every))
+    torch.manual_seed(recipe.seed)
+    rows = Rows(tokenizer, corpus.training, recipe.chat_every)
+    trainer = Trainer(replace(recipe, long_context=recipe.shape.positions), rows, Qwen3ForCausalLM(recipe.shape.config()))
     if resume and (folder / CHECKPOINT).exists():
         trainer.resume(folder / CHECKPOINT)
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from compress.corpus import IM_END, Corpus, Document, Rows, chats, collect, functions, is_held_out, stream, train_tokenizer
-from compress.train_demo import Recipe, Schedule, Shape, Trainer, orthogonal, processor_time, train
+from compress.train_demo import Recipe, Shape, train
+from compress.training import Schedule, Trainer, orthogonal, processor_time
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo"
 TINY = Shape(vocab=320, hidden=32, intermediate=64, layers=2, heads=4, kv_heads=2, head_dim=8, positions=64)
@@ -52,7 +53,7 @@ class Inventory:
 
 def tiny_recipe(**changes: Any) -> Recipe:
     settings: dict[str, Any] = {"minutes": None, "steps": 4, "batch_tokens": 128, "micro_tokens": 64, "context": 32}
-    return Recipe(shape=TINY, compiled=False, **(settings | changes))
+    return Recipe(shape=TINY, long_context=TINY.positions, compiled=False, **(settings | changes))
 
 
 @pytest.fixture(autouse=True)
@@ -242,12 +243,16 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, corpus: Corpus,
             trainer.schedule.advance(1.0)
         return losses
 
-    whole = Trainer(recipe, rows)
+    def fresh() -> Trainer:
+        torch.manual_seed(recipe.seed)
+        return Trainer(recipe, rows, Qwen3ForCausalLM(TINY.config()))
+
+    whole = fresh()
     expected = advance(whole, 4)
-    first = Trainer(recipe, rows)
+    first = fresh()
     assert advance(first, 2) == pytest.approx(expected[:2], rel=1e-4)
     first.save(tmp_path / "checkpoint.pt")
-    second = Trainer(recipe, rows)
+    second = fresh()
     second.resume(tmp_path / "checkpoint.pt")
     assert advance(second, 2) == pytest.approx(expected[2:], rel=1e-4)
     assert second.tokens == whole.tokens

@@ -134,7 +134,7 @@ def eager(llm: LLM) -> None:
         left = sequence.params.max_tokens - len(sequence.emitted) - 2
         return 0 if sequence.params.beam_width else max(0, min(llm.config.speculative_tokens, left))
 
-    llm.batcher._pace.wanted = wanted  # type: ignore[method-assign]
+    llm.batcher.pace.wanted = wanted  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("grid", [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}])
