@@ -200,6 +200,9 @@ class Batcher:
         """At most ceil(running / shares), so that every stage has its share. Returns how many tokens they take."""
         most = -(-len(self.running) // self.config.shares)
         ahead = bool(self.in_flight) and self._runs_ahead()
+        budget = self.config.max_num_batched_tokens
+        if self.config.speculative_tokens:  # proposals leave prompts their share
+            budget -= self.pace.reserved(itertools.chain(self.running, self.line.waiting))
         count = tokens = 0
         for sequence in list(self.running):
             if count == most:
@@ -210,7 +213,7 @@ class Batcher:
                 and sequence.finish is None
                 and self.kv.holds(sequence.seq)
             ):
-                room = self.config.max_num_batched_tokens - tokens - (most - count)
+                room = budget - tokens - (most - count)
                 proposals = self.pace.kept(sequence, most)[: max(0, room)] if sequence.proposed else ()
                 if self._run(sequence, 1, plan, chosen, proposals):
                     count, tokens = count + 1, tokens + plan.chunks[-1].num_tokens

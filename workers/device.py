@@ -99,7 +99,8 @@ def scratch_bytes(config: Config, shape: ModelShape, max_model_len: int, dtype: 
     tokens = config.max_num_batched_tokens
     activations = tokens * (6 * shape.hidden_size + 4 * heads + 4 * shape.intermediate_size) * max(4, dtype.itemsize)
     context = max_model_len * (2 * shape.num_kv_heads * shape.head_dim + tokens) * dtype.itemsize
-    logits = 6 * config.max_num_seqs * shape.vocab_size * 4
+    drawn = min(tokens, config.max_num_seqs * (1 if config.speculative == "off" else 1 + config.speculative_tokens))
+    logits = 6 * drawn * shape.vocab_size * 4
     return activations + context + logits
 
 

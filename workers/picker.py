@@ -67,7 +67,7 @@ class TorchPicker:
         rows, ids = where(left)
         noisy = scores[rows, ids] + self._noise.at(keys[rows], ids)
         best = torch.full_like(scores[:, 0], -torch.inf).scatter_reduce_(0, rows, noisy, "amax")
-        won = noisy == best[rows]
+        won = (noisy == best[rows]) & (noisy > -torch.inf)
         tokens = torch.full_like(best, scores.shape[1] - 1, dtype=torch.int64)  # stays where no logit is a number
         return tokens.scatter_reduce_(0, rows[won], ids[won], "amin")
 

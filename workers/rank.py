@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from cluster.channel import Mailbox
 from cluster.config import Config, ConfigError
 from cluster.model import open_model
-from cluster.protocol import WorkerFailed, WorkerMessage, WorkerReady
+from cluster.protocol import Give, Take, WorkerFailed, WorkerMessage, WorkerReady
 from parallel.mesh import Mesh
 from parallel.rendezvous import connect
 from workers.serve import Intake, serve_plans
 
 if TYPE_CHECKING:
+    from workers.mover import Mover
     from workers.runner import ModelRunner
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def run_rank(
 
             mover = Mover(runner.pool, host, epoch, rank, lambda moved: mailbox.send(engine, moved))
         followers = [runner.peers.mailboxes[follower] for follower in seat.followers]
-        intake = Intake(mailbox, engine, epoch, rank, followers, move=mover.put if mover is not None else None)
+        intake = Intake(mailbox, engine, epoch, rank, followers, move=None if mover is None else _moving(runner, mover))
         try:
             ready = WorkerReady(
                 epoch=epoch,
@@ -71,3 +72,12 @@ def run_rank(
             return serve_plans(runner, intake, mailbox, engine, seat, epoch, executed)
         finally:
             intake.close()
+
+
+def _moving(runner: "ModelRunner", mover: "Mover") -> Callable[[Give | Take], None]:
+    def move(order: Give | Take) -> None:
+        if isinstance(order, Take):
+            runner.forget(order.blocks)
+        mover.put(order)
+
+    return move

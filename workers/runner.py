@@ -24,8 +24,9 @@ from workers.logprobs import score_prompts
 from workers.paged import PagedModel
 from workers.sampler import Draw, Sampler
 from workers.sequences import SequenceTable, Span
+from workers.speculative.draft import DraftModel
 from workers.speculative.drafter import Drafter, standing
-from workers.speculative.load import open_draft
+from workers.speculative.load import load_draft
 from workers.speculative.lookup import PromptLookup
 
 _KEPT_TIMES = 4096
@@ -120,6 +121,11 @@ class ModelRunner:
         self.times.append(StageTime(plan.step, began, began + result.compute_s, _num_tokens(plan)))
         return result
 
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Keys and values come into these blocks from elsewhere."""
+        if self._drafter is not None:
+            self._drafter.forget(blocks)
+
     def reset(self) -> None:
         """Forget all sequences: a new epoch begins."""
         self._sequences = SequenceTable(self.pool.block_size)
@@ -160,7 +166,7 @@ class ModelRunner:
         for span, proposed in zip(spans, drafter.propose(spans), strict=True):
             if proposed:
                 drawn[span.state.seq].proposed = proposed
-        result.draft_s = time.perf_counter() - began
+        result.draft_s, result.draft_token_s = time.perf_counter() - began, drafter.token_s
 
     def _result(self, span: Span, draws: list[Draw]) -> ChunkResult:
         if span.verify:
@@ -198,24 +204,33 @@ def load_runner(
     peers = membership.join(device, config.step_timeout_s, terms)
     decoder = load_decoder(files, part, dtype, device, max_model_len, kernels=kernels, peers=peers.stage, progress=progress)
     answers = seat.leader and part.judges
-    draft = open_draft(config, shape, device, kernels) if answers else None
+    draft = load_draft(config, shape, max_model_len, device, kernels) if answers else None
     if num_blocks is None:
-        beside = draft.bytes_per_token if draft is not None else 0
+        beside = 0 if draft is None else _bytes_per_token(draft)
         num_blocks = size_pool(config, shape, part, max_model_len, dtype, device, peers.neighbours, beside)
     elif num_blocks < 2:
         raise ConfigError(f"num_blocks is {num_blocks}, but a pool needs the null block and at least one more")
-    try:
-        pool = KVPool(len(part.layers), num_blocks, config.block_size, len(part.kv_heads), shape.head_dim, dtype, device)
-        draft_pool = draft.pool(num_blocks, config.block_size, device) if draft is not None else None
-    except RuntimeError as error:  # torch's OutOfMemoryError is one; on a CPU it is just that
-        needed = num_blocks * config.block_size * part.kv_bytes_per_token(shape, dtype.itemsize)
-        raise ConfigError(f"the {device.type} has no {needed} bytes for the KV pool; set kv_memory to less") from error
+    pool = _pool(decoder, num_blocks, config.block_size, device)
+    draft_pool = None if draft is None else _pool(draft, num_blocks, config.block_size, device)
     host, draft_host = _host_blocks(config, pool, draft_pool)
     drafter: Drafter | None = PromptLookup() if config.speculative == "lookup" and answers else None
     if draft is not None and draft_pool is not None:
-        drafter = draft.load(draft_pool, draft_host, max_model_len, kernels)
+        drafter = DraftModel(PagedModel(draft, draft_pool, draft_host))
     handoff = Handoff(peers.column, shape.hidden_size, decoder.stack.hidden_dtype, device) if seat.mesh.pp > 1 else None
     return ModelRunner(decoder, pool, max_model_len, peers=peers, handoff=handoff, leader=seat.leader, host=host, drafter=drafter)
+
+
+def _bytes_per_token(decoder: Decoder) -> int:
+    return decoder.part.kv_bytes_per_token(decoder.shape, decoder.dtype.itemsize)
+
+
+def _pool(decoder: Decoder, num_blocks: int, block_size: int, device: torch.device) -> KVPool:
+    part, shape = decoder.part, decoder.shape
+    try:
+        return KVPool(len(part.layers), num_blocks, block_size, len(part.kv_heads), shape.head_dim, decoder.dtype, device)
+    except RuntimeError as error:  # torch's OutOfMemoryError is one; on a CPU it is just that
+        needed = num_blocks * block_size * _bytes_per_token(decoder)
+        raise ConfigError(f"the {device.type} has no {needed} bytes for the KV pool; set kv_memory to less") from error
 
 
 def _host_blocks(config: Config, pool: KVPool, draft: KVPool | None) -> tuple[HostBlocks | None, HostBlocks | None]:

@@ -115,4 +115,6 @@ class StepResult(Wire, tag=True, kw_only=True):
     """A worker's exception: the epoch is over."""
     scores: list[PromptScores] = []
     draft_s: float = 0.0
-    """Of compute_s, what proposing took."""
+    """Of compute_s, what proposing took ..."""
+    draft_token_s: float = 0.0
+    """... and what one token more for all sequences did, where more than one was proposed."""

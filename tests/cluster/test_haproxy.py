@@ -20,9 +20,9 @@ def chosen(environ: dict[str, str], folder: Path, **settings: str) -> dict[str, 
 def test_on_its_own_where_all_addresses_are_open_anyway(tmp_path: Path) -> None:
     environ = chosen({}, tmp_path)
     assert environ[SWITCH] == environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1"
-    assert environ["RAY_SERVE_HAPROXY_METRICS_PORT"] != environ["RAY_SERVE_HAPROXY_STATS_PORT"]
+    assert len({value for name, value in environ.items() if name.endswith("_PORT")}) == 4
     paths = [value for name, value in environ.items() if value.startswith("/")]
-    assert len(paths) == 4
+    assert len(paths) == 5
     assert all(path.startswith(str(tmp_path)) for path in paths), "two servers, or two users, have files of their own"
     assert chosen({}, tmp_path, host="127.0.0.1") == {}
     assert chosen({}, tmp_path, haproxy="off") == {}
@@ -30,7 +30,10 @@ def test_on_its_own_where_all_addresses_are_open_anyway(tmp_path: Path) -> None:
 
 
 def test_what_the_user_or_the_cluster_has_chosen_stays(tmp_path: Path) -> None:
-    assert chosen({SWITCH: "0"}, tmp_path, haproxy="on") == {SWITCH: "0"}
+    assert chosen({SWITCH: "0"}, tmp_path) == {SWITCH: "0"}
+    for value, asked in (("0", "on"), ("1", "off")):
+        with pytest.raises(ConfigError, match=f"haproxy is {asked}, but {SWITCH} is {value}"):
+            chosen({SWITCH: value}, tmp_path, haproxy=asked)
     assert chosen({SWITCH: "1"}, tmp_path) == {SWITCH: "1"}
     assert chosen({"RAY_SERVE_HAPROXY_STATS_PORT": "99"}, tmp_path)["RAY_SERVE_HAPROXY_STATS_PORT"] == "99"
     assert chosen({"RAY_ADDRESS": "auto"}, tmp_path) == {"RAY_ADDRESS": "auto"}

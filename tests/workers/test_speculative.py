@@ -37,6 +37,7 @@ class Scripted:
     outputs: dict[tuple[int, int], list[int]]
     wrong: int
     proposed: int = 0
+    token_s: float = 0.0
 
     def propose(self, spans: Some[Span]) -> list[list[int]]:
         found = []
@@ -49,6 +50,9 @@ class Scripted:
         return found
 
     def move(self, plan: StepPlan) -> None:
+        pass
+
+    def forget(self, blocks: Some[int]) -> None:
         pass
 
 
@@ -134,7 +138,9 @@ def eager(llm: LLM) -> None:
         left = sequence.params.max_tokens - len(sequence.emitted) - 2
         return 0 if sequence.params.beam_width else max(0, min(llm.config.speculative_tokens, left))
 
-    llm.batcher.pace.wanted = wanted  # type: ignore[method-assign]
+    pace = llm.batcher.pace
+    pace.wanted = wanted  # type: ignore[method-assign]
+    pace.kept = lambda sequence, decodes: sequence.proposed  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("grid", [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}])

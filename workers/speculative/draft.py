@@ -6,6 +6,7 @@ token at a time. It draws with the target's noise, filters and penalties: where 
 noise, the proposal stands.
 """
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ class DraftModel:
         self._model = model
         self._size = model.pool.block_size
         self._sampler = Sampler(model.decoder.kernels.picker(model.decoder.shape.vocab_size, model.device))
+        self.token_s = 0.0
         self._read = np.zeros(model.pool.num_blocks, dtype=np.int64)
         """[num_blocks]: of how many of its slots, from the first on, keys and values are those of what the target has there."""
         self._read_on_host = np.zeros(0 if model.host is None else len(model.host.slots), dtype=np.int64)
@@ -43,15 +45,20 @@ class DraftModel:
             else:
                 self._read[move.blocks] = self._read_on_host[move.slots]
 
+    def forget(self, blocks: Sequence[int]) -> None:
+        """See Drafter."""
+        self._read[list(blocks)] = 0
+
     def propose(self, spans: Sequence[Span]) -> list[list[int]]:
-        """See Drafter. Of a sequence whose blocks have no room for what it would be asked, nothing."""
+        """See Drafter. As many as the sequence's blocks have room for."""
         for span in spans:
             self._forget(span)
         proposed: list[list[int]] = [[] for _ in spans]
-        going = [(proposed[i], span.state, span.propose) for i, span in enumerate(spans) if self._has_room(span)]
+        going = [(proposed[i], span.state, count) for i, span in enumerate(spans) if (count := self._room(span)) > 0]
         if not going:
             return proposed
-        reading = [self._last_piece(self._unread(state)) for _, state, _ in going]
+        reading = self._last_pieces([self._unread(state) for _, state, _ in going])
+        rounds, began = 0, time.perf_counter()
         while going:
             hidden = self._model.forward(reading)
             if len(hidden) > len(reading):
@@ -63,15 +70,17 @@ class DraftModel:
                 if len(found) < count:
                     state.suggest(state.num_tokens + len(found) - 1, draw.token)
                     coming.append((found, state, count))
-            going = coming
+            if rounds == 0:
+                began = time.perf_counter()  # what it had to read is no part of a token's price
+            rounds, going = rounds + 1, coming
             ends = [state.num_tokens + len(found) for found, state, _ in going]
             reading = [Span(state, end - 1, end, True) for (_, state, _), end in zip(going, ends, strict=True)]
+        self.token_s = (time.perf_counter() - began) / (rounds - 1) if rounds > 1 else 0.0
         return proposed
 
-    def _has_room(self, span: Span) -> bool:
-        """For the keys and values of all tokens that it would read."""
-        state = span.state
-        return span.propose > 0 and state.num_tokens + span.propose - 1 <= state.num_blocks * self._size
+    def _room(self, span: Span) -> int:
+        """How many of the tokens that are asked for can be proposed: all but the last are read, and need a slot each."""
+        return min(span.propose, span.state.num_blocks * self._size - span.state.num_tokens + 1)
 
     def _forget(self, span: Span) -> None:
         """The target has something new there."""
@@ -90,9 +99,12 @@ class DraftModel:
         self._read[blocks[-1]] = state.num_tokens - (len(blocks) - 1) * self._size
         return Span(state, start, state.num_tokens, True)
 
-    def _last_piece(self, span: Span) -> Span:
-        """What is left of it when the rest has been read."""
-        while span.num_tokens > _PIECE:
-            self._model.forward([Span(span.state, span.start, span.start + _PIECE, False)])
-            span = Span(span.state, span.start + _PIECE, span.end, True)
-        return span
+    def _last_pieces(self, spans: list[Span]) -> list[Span]:
+        """Their ends, when the rest has been read. Where one is long, all but the last tokens are, one span after the other: what a
+        later one shares with an earlier one counts as read already."""
+        if all(span.num_tokens <= _PIECE for span in spans):
+            return spans
+        for span in spans:
+            for start in range(span.start, span.end - 1, _PIECE):
+                self._model.forward([Span(span.state, start, min(start + _PIECE, span.end - 1), False)])
+        return [Span(span.state, span.end - 1, span.end, True) for span in spans]

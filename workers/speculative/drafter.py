@@ -11,8 +11,14 @@ from workers.sequences import Span
 class Drafter(Protocol):
     """Proposes what may come next. Proposals change nothing but how many iterations it takes."""
 
+    token_s: float
+    """Seconds that one token more for all sequences took the last time, where that is worth mentioning."""
+
     def move(self, plan: StepPlan) -> None:
         """Blocks are copied and moved as in the target's pool, before anything of the plan is run."""
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        """Something that it has not read comes into these blocks from elsewhere."""
 
     def propose(self, spans: Sequence[Span]) -> list[list[int]]:
         """For each of a plan's spans, which have been run, at most span.propose tokens that may follow what is known now."""

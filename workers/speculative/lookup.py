@@ -14,6 +14,11 @@ _SHORTEST, _LONGEST = 2, 6
 class PromptLookup:
     """See workers.speculative.drafter.Drafter."""
 
+    token_s = 0.0
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        """See Drafter."""
+
     def move(self, plan: StepPlan) -> None:
         """See Drafter."""
 
