@@ -17,7 +17,6 @@ from bench import options
 from bench.report import Line, Report, command_line, draw_lines
 from cluster.offline import LLM
 from cluster.protocol import SamplingParams
-from cluster.request import Sequence as Running
 from compress.corpus import collect, standard_library
 
 PREFIX, OUTPUT = 64, 64
@@ -84,16 +83,8 @@ def _load(side: str, arguments: Any) -> LLM:
     if side != "off":
         how = {"speculative": "draft", "draft_model": arguments.draft} if arguments.draft else {"speculative": "lookup"}
         settings |= {**how, "speculative_tokens": arguments.tokens}
-    llm = LLM(arguments.model, max_model_len=PREFIX + OUTPUT, **settings)
-    if side == "always K":
-
-        def wanted(sequence: Running, decodes: int) -> int:
-            left: int = min(arguments.tokens, sequence.params.max_tokens - len(sequence.emitted) - 2)
-            return max(0, left)
-
-        llm.batcher.pace.wanted = wanted  # type: ignore[method-assign]
-        llm.batcher.pace.kept = lambda sequence, decodes: sequence.proposed  # type: ignore[method-assign]
-    return llm
+        settings["speculative_pace"] = "fixed" if side == "always K" else "adaptive"
+    return LLM(arguments.model, max_model_len=PREFIX + OUTPUT, **settings)
 
 
 def _counts(llm: LLM) -> tuple[int, int]:

@@ -264,7 +264,8 @@ class Batcher:
         end = sequence.num_computed + count
         draws = end >= sequence.num_tokens and sequence.params.max_tokens > 0
         propose = self.pace.wanted(sequence, len(self.running)) if draws and self.config.speculative_tokens else 0
-        longest = min(end + len(proposals) + propose, max(end, sequence.max_num_tokens))  # a draft model goes on from there
+        filled = end + len(proposals)
+        longest = max(filled, min(filled + propose, sequence.max_num_tokens))  # a draft model goes on from there
         blocks = self.kv.allocate(sequence.seq, longest)
         if blocks is None and (proposals or propose):
             proposals, propose = (), 0

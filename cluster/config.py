@@ -22,6 +22,7 @@ Kernels = Literal["auto", "native", "torch", "reference"]
 RunAhead = Literal["auto", "on", "off"]
 HAProxy = Literal["auto", "on", "off"]
 Speculative = Literal["off", "lookup", "draft"]
+SpeculativePace = Literal["adaptive", "fixed"]
 PlacementPolicy = Literal["prefix", "least_loaded", "round_robin"]
 
 _EDGE = frozenset(
@@ -59,6 +60,8 @@ class BatchConfig:
     """See Config; where workers keep the tokens they draw."""
     speculative_tokens: int = 0
     """Most tokens proposed for a sequence at a time. 0: none."""
+    speculative_pace: SpeculativePace = "adaptive"
+    """See Config."""
     batching: Batching = "continuous"
     reservation: Reservation = "paged"
     prefix_cache: PrefixCache = "on"
@@ -150,7 +153,9 @@ class Config:
     draft_model: str | None = None
     """A small model of the same vocabulary: a directory or hub id. Only the rank that draws loads it, whole."""
     speculative_tokens: int = 4
-    """Most tokens proposed for a sequence at a time; fewer, down to none, where they do not stand often enough to pay."""
+    """Most tokens proposed for a sequence at a time."""
+    speculative_pace: SpeculativePace = "adaptive"
+    """adaptive: fewer tokens, down to none, where they do not stand often enough to pay. fixed: always speculative_tokens."""
     run_ahead: RunAhead = "auto"
     """Whether an iteration is planned and sent while the one before it runs, each decode's token still being drawn: then workers
     need not wait for the engine, but a new request waits an iteration longer, and a choice that a stop token ends is computed once

@@ -73,6 +73,8 @@ class Pace:
     def wanted(self, sequence: Sequence, decodes: int) -> int:
         """How many tokens to propose for it, among so many that decode. Where none pays one is tried now and then."""
         acceptance, most = sequence.acceptance, self._most(sequence)
+        if self._config.speculative_pace == "fixed":
+            return most
         count = self._paying(sequence, decodes, most, self._draft_s)
         acceptance.trying = count == 0 and most > 0 and len(sequence.emitted) >= acceptance.try_at
         return count or int(acceptance.trying)
@@ -80,8 +82,9 @@ class Pace:
     def kept(self, sequence: Sequence, decodes: int) -> list[int]:
         """Of what was proposed for it, and paid for, as much as is worth verifying."""
         most = min(len(sequence.proposed), sequence.params.max_tokens - len(sequence.emitted) - 1)
-        count = max(self._paying(sequence, decodes, most, 0.0), int(sequence.acceptance.trying))
-        return sequence.proposed[: min(count, most)]
+        if self._config.speculative_pace == "adaptive":
+            most = min(most, max(self._paying(sequence, decodes, most, 0.0), int(sequence.acceptance.trying)))
+        return sequence.proposed[:most]
 
     def _most(self, sequence: Sequence) -> int:
         """Those that are certain to be within max_tokens, when one more token has been drawn."""

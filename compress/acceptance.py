@@ -35,19 +35,15 @@ def measure(files: ModelFiles, draft: Path, held_out: Tensor, temperature: float
     step = (len(held_out) - PREFIX) // PROMPTS
     prompts = [held_out[i * step : i * step + PREFIX].tolist() for i in range(PROMPTS)]
     tried, right, looped, steps, tokens = [0] * K, [0] * K, 0, 0, 0
-    settings = {"speculative": "draft", "draft_model": str(draft), "speculative_tokens": K, "max_num_seqs": 1}
+    settings = {"speculative": "draft", "draft_model": str(draft), "speculative_tokens": K, "speculative_pace": "fixed"}
     with LLM(str(files.path), **settings) as llm:  # type: ignore[arg-type]
         pace = llm.batcher.pace
         told: list[tuple[int, int]] = []
 
-        def wanted(sequence: Sequence, decodes: int) -> int:
-            return max(0, min(K, sequence.params.max_tokens - len(sequence.emitted) - 2))
-
         def verified(sequence: Sequence, proposed: int, stood: int) -> None:
             told.append((proposed, stood))
 
-        pace.wanted, pace.verified = wanted, verified  # type: ignore[method-assign]
-        pace.kept = lambda sequence, decodes: sequence.proposed  # type: ignore[method-assign]
+        pace.verified = verified  # type: ignore[method-assign]
         for number, prompt in enumerate(prompts):
             told.clear()
             params = SamplingParams(seed=number, temperature=temperature, max_tokens=OUTPUT)

@@ -17,7 +17,6 @@ from cluster.config import ConfigError
 from cluster.model import DEMO_MODEL
 from cluster.offline import LLM, Completion
 from cluster.protocol import SamplingParams, StepPlan
-from cluster.request import Sequence
 from cluster.structs import replace
 from tests.conftest import examples
 from tests.workers.models import MAX_LEN, make_model
@@ -113,7 +112,9 @@ def load(model: Path) -> Iterator[Callable[..., LLM]]:
     made: list[LLM] = []
 
     def load(**settings: Any) -> LLM:
+        """Proposes as much as it may, however little stands, unless `settings` say otherwise."""
         usual: dict[str, Any] = {"dtype": "float32", "threads": 1, "kv_memory": "2MiB", "max_model_len": MAX_LEN}
+        usual["speculative_pace"] = "fixed"
         size = made[0].runner.pool.bytes_per_block * (2 if "draft_model" in settings else 1) if made else 0
         for name, memory in (("blocks", "kv_memory"), ("host_blocks", "host_kv_memory")):
             if name in settings:
@@ -131,18 +132,6 @@ def plain(load: Callable[..., LLM]) -> LLM:
     return load()
 
 
-def eager(llm: LLM) -> None:
-    """Let it propose as much as it may, however little stands."""
-
-    def wanted(sequence: Sequence, decodes: int) -> int:
-        left = sequence.params.max_tokens - len(sequence.emitted) - 2
-        return 0 if sequence.params.beam_width else max(0, min(llm.config.speculative_tokens, left))
-
-    pace = llm.batcher.pace
-    pace.wanted = wanted  # type: ignore[method-assign]
-    pace.kept = lambda sequence, decodes: sequence.proposed  # type: ignore[method-assign]
-
-
 @pytest.mark.parametrize("grid", [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}])
 @pytest.mark.parametrize("wrong", [1, 3, 1000])
 def test_all_tokens_are_those_without(plain: LLM, load: Callable[..., LLM], grid: dict[str, int], wrong: int) -> None:
@@ -150,7 +139,6 @@ def test_all_tokens_are_those_without(plain: LLM, load: Callable[..., LLM], grid
     wanted = plain.generate(prompts, params, ignore_eos=True)
     outputs = {(p.seed, c): out.token_ids for p, done in zip(params, wanted, strict=True) for c, out in enumerate(done.outputs)}
     llm = load(speculative="lookup", **grid)
-    eager(llm)
     drafter = Scripted(outputs, wrong)
     llm.ranks.runners[-llm.config.tp]._drafter = drafter
     steps = llm.batcher._next_step
@@ -171,7 +159,6 @@ def test_lookup_changes_no_token(plain: LLM, load: Callable[..., LLM], settings:
     prompts, params = requests(60, 7)
     wanted = plain.generate(prompts, params, ignore_eos=True)
     llm = load(speculative="lookup", speculative_tokens=6, **settings)
-    eager(llm)
     for _ in range(2):  # the second time out of the prefix cache
         check(llm.generate(prompts, params, ignore_eos=True), wanted)
     assert llm.batcher.counters.proposed > llm.batcher.counters.accepted > 0
@@ -195,7 +182,6 @@ def test_a_model_as_its_own_draft(plain: LLM, load: Callable[..., LLM], model: P
     prompts, params = requests(60, 8)
     wanted = plain.generate(prompts, params, ignore_eos=True)
     llm = load(speculative="draft", draft_model=str(model), **settings)
-    eager(llm)
     for _ in range(2):
         check(llm.generate(prompts, params, ignore_eos=True), wanted)
     counters = llm.batcher.counters
@@ -207,10 +193,9 @@ def test_a_draft_that_knows_nothing_is_given_up(plain: LLM, load: Callable[..., 
     prompts, params = requests(40, 9)
     wanted = plain.generate(prompts, params, ignore_eos=True)
     llm = load(speculative="draft", draft_model=str(other.path))
-    eager(llm)
     check(llm.generate(prompts, params, ignore_eos=True), wanted)
     assert llm.batcher.counters.accepted < 0.1 * llm.batcher.counters.proposed
-    wise = load(speculative="draft", draft_model=str(other.path))
+    wise = load(speculative="draft", draft_model=str(other.path), speculative_pace="adaptive")
     long = [replace(p, max_tokens=60, stop_token_ids=(), n=1) for p in params]
     check(wise.generate(prompts, long, ignore_eos=True), plain.generate(prompts, long, ignore_eos=True))
     assert wise.batcher.counters.proposed < 0.1 * sum(p.max_tokens for p in long)
@@ -230,7 +215,6 @@ def test_a_stop_string_inside_an_accepted_run(plain: LLM, load: Callable[..., LL
     stop = whole.text[len(whole.text) // 2 :][:3]
     wanted = plain.generate([[5, 6, 7]], params, ignore_eos=True, stop=[stop])
     llm = load(speculative="lookup", speculative_tokens=8)
-    eager(llm)
     llm.runner._drafter = Scripted({(3, 0): whole.token_ids}, 1000)
     check(llm.generate([[5, 6, 7]], params, ignore_eos=True, stop=[stop]), wanted)
     assert llm.batcher.counters.accepted > 5
@@ -246,7 +230,6 @@ def test_beams_do_not_speculate(plain: LLM, load: Callable[..., LLM]) -> None:
 
 def test_rejected_tokens_never_enter_the_prefix_cache(plain: LLM, load: Callable[..., LLM]) -> None:
     llm = load(speculative="lookup", block_size=1)
-    eager(llm)
     params = replace(PLAIN, max_tokens=30)
     right = plain.generate([[9, 8, 7]], params, ignore_eos=True)[0].outputs[0].token_ids
     llm.runner._drafter = Scripted({(0, 0): right}, 2)
