@@ -1,4 +1,4 @@
-"""The benchmarks of the Batcher, the radix tree, the prefix index and placement, as small as they go."""
+"""The benchmarks of single parts and of speculation, as small as they go."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
-from bench import index, scheduling, trees
+from bench import enlarged, index, sampling, scheduling, speculation, trees
+from cluster.model import DEMO_MODEL
+from cluster.offline import LLM
+from cluster.protocol import SamplingParams
 
 
 def test_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +49,45 @@ def test_scheduling(tmp_path: Path) -> None:
     assert [row["sequences"] for row in table] == [3, 8]
     assert all(row["schedule, us"] > 0 and row["update, us"] > 0 for row in table)
     assert len(scheduling.measure(4, 7)[0].us) == 7
+
+
+def test_sampling(tmp_path: Path) -> None:
+    sampling.main(["--rows", "1,3", "--vocab", "200", "--threads", "1", "--repetitions", "2", "--out", str(tmp_path)])
+    (table,) = json.loads((tmp_path / "sampling.json").read_text())["tables"].values()
+    assert [row["rows"] for row in table] == [1] * 5 + [3] * 5
+    assert all(row["native"] > 0 and row["torch"] > 0 for row in table)
+
+
+def test_an_enlarged_model_computes_the_same_and_speculation_changes_no_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = tmp_path / "large"
+    enlarged.main([str(DEMO_MODEL), str(large), "--intermediate", "640", "--layers", "6"])
+    prompt = list(range(50, 90))
+    given = []
+    for path in (DEMO_MODEL, large):
+        with LLM(str(path), threads=1, dtype="float32") as llm:
+            given.append(
+                llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=12), ignore_eos=True)[0].outputs[0].token_ids
+            )
+    assert given[0] == given[1]
+    monkeypatch.setattr(speculation, "OUTPUT", 10)
+    words = [
+        str(large),
+        "--draft",
+        str(DEMO_MODEL),
+        "--batches",
+        "1,3",
+        "--repetitions",
+        "1",
+        "--threads",
+        "1",
+        "--dtype",
+        "float32",
+    ]
+    assert speculation.main([*words, "--out", str(tmp_path)]) == 0
+    (table,) = json.loads((tmp_path / "speculation.json").read_text())["tables"].values()
+    assert [row[""] for row in table] == ["off", "adaptive", "always K"] * 2
+    assert all(row["proposed"] == 0 for row in table if row[""] == "off")
+    assert all(row["accepted"] > 0.9 for row in table if row[""] == "always K")
+    assert (tmp_path / "speculation.png").exists()
