@@ -130,8 +130,8 @@ def start_server(log: Path, *options: str, nodes: Nodes | None = None, port: int
 
 @pytest.fixture(scope="session", params=["haproxy", "serve"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Behind either proxy the demo in fp32, behind one of them with speculation. The pool has 100 blocks: fewer than 64 streams need,
-    so that preemption is part of the game."""
+    """Behind either proxy the demo in fp32, behind one of them with speculation. The pool has 100 blocks, fewer than 64 streams
+    need, so that preemption is part of the game."""
     log = tmp_path_factory.mktemp("serve") / "log"
     kv_memory = 101 * 16 * 4 * 2 * 4 * 4 * 32  # blocks x block_size x layers x (K, V) x bytes x kv_heads x head_dim
     words = [str(DEMO_MODEL), "--served-model-name", "demo", "--dtype", "float32", "--kv-memory", str(kv_memory)]
