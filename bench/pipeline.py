@@ -168,7 +168,7 @@ class Sleep:
                 return hidden
 
         values = {field.name: getattr(decoder, field.name) for field in dataclasses.fields(Decoder)}
-        runner.decoder = Sleeping(**values)
+        runner.model.decoder = Sleeping(**values)
 
 
 def write_model(path: Path, layers: int) -> None:

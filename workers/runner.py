@@ -49,21 +49,29 @@ class ModelRunner:
     ) -> None:
         """handoff: to and from the neighbouring stages, where there are some. leader: draw tokens, in the last stage. host: memory
         for blocks that the pool has no room for, where there is some. drafter: proposes tokens, where they are drawn."""
-        self.decoder = decoder
         self.peers = peers
-        self.pool = pool
         self.max_model_len = max_model_len
         """The longest sequence that positions are prepared for."""
         self.times: deque[StageTime] = deque(maxlen=_KEPT_TIMES)
         """When each of the last plans was computed here; whoever reads it empties it. On CUDA only the last stage waits for its
         device: of the others it is when they launched."""
-        self._model = PagedModel(decoder, pool, host)
-        self._device = self._model.device
+        self.model = PagedModel(decoder, pool, host)
+        self._device = self.model.device
         draws = leader and decoder.part.judges
         self._sampler = Sampler(decoder.kernels.picker(decoder.shape.vocab_size, self._device)) if draws else None
         self._sequences = SequenceTable(pool.block_size)
         self._handoff = handoff
         self._drafter = drafter
+
+    @property
+    def decoder(self) -> Decoder:
+        """This rank's part of the model."""
+        return self.model.decoder
+
+    @property
+    def pool(self) -> KVPool:
+        """Its keys and values."""
+        return self.model.pool
 
     @property
     def num_blocks(self) -> int:
@@ -80,7 +88,7 @@ class ModelRunner:
     @property
     def host_blocks(self) -> int:
         """Blocks that host memory holds besides."""
-        return 0 if self._model.host is None else len(self._model.host.slots)
+        return 0 if self.model.host is None else len(self.model.host.slots)
 
     @property
     def answers(self) -> bool:
@@ -102,7 +110,7 @@ class ModelRunner:
         incoming = self._receive(plan)
         began, clock = time.time(), time.perf_counter()
         spans = self._sequences.apply(plan)
-        self._model.move(plan)
+        self.model.move(plan)
         if self._drafter is not None:
             self._drafter.move(plan)
         result = StepResult(epoch=plan.epoch, step=plan.step, results=[])
@@ -132,7 +140,7 @@ class ModelRunner:
 
     def forward(self, spans: Sequence[Span], incoming: Tensor | None = None) -> Tensor:
         """See PagedModel.forward."""
-        return self._model.forward(spans, incoming)
+        return self.model.forward(spans, incoming)
 
     def _receive(self, plan: StepPlan) -> Tensor | None:
         if self._handoff is None or self.decoder.part.embeds or not plan.chunks:
@@ -152,7 +160,7 @@ class ModelRunner:
             return []
         rows = [row for end, span in zip(ends, spans, strict=True) if span.sample for row in range(end - 1 - span.verify, end)]
         if len(rows) < len(hidden):  # not only decodes
-            hidden = hidden.index_select(0, self._model.to_device(np.array(rows)))
+            hidden = hidden.index_select(0, self.model.to_device(np.array(rows)))
         logits = self.decoder.logits(hidden)
         if self._sampler is None:
             return []
