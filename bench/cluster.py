@@ -34,7 +34,7 @@ from bench import options
 from bench.clients import Run, body, run
 from bench.collectives import COLUMNS, ExchangeError
 from bench.counters import PREEMPTED, STAGES, Counters, settled
-from bench.deployed import DeployError, config_of, deployed, free_port, used_error
+from bench.deployed import DeployError, config_of, deployed, used_error
 from bench.grids import Grid, parse_grids, parse_range, random_shapes
 from bench.report import Cell, Report, command_line
 from bench.same_tokens import compare, requests
@@ -42,6 +42,7 @@ from bench.workload import Job, Shape, dropped, jobs, read_trace
 from cluster.cli import protect_ray
 from cluster.config import Config, ConfigError
 from cluster.model import DEMO_MODEL, ModelFiles, open_model
+from cluster.ports import free_ports
 
 GRIDS = "1x1x1,2x1x1,1x2x1,2x2x1,1x1x2"
 LOAD_COLUMNS = [
@@ -105,7 +106,7 @@ class Bench:
         words += ["--tp", str(grid.tp), "--pp", str(grid.pp), "--engines", str(grid.engines), "--device", self._device]
         if "RAY_ADDRESS" not in os.environ:
             words += ["--host", "127.0.0.1"]
-        return [*words, "--port", str(self._arguments.port or free_port()), "--grpc-port", "0"]
+        return [*words, "--port", str(self._arguments.port or free_ports(1)[0]), "--grpc-port", "0"]
 
     def _workload(self) -> list[Shape]:
         """As many as the longest run takes; shorter runs take the first of them."""

@@ -6,7 +6,6 @@ when it is ready.
 
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -64,14 +63,6 @@ def deployed(words: Sequence[str]) -> Iterator[str]:
             process.kill()
             process.wait()
         said.close()
-
-
-def free_port() -> int:
-    """One that nobody listens on, on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def used_error(error: Exception) -> str:

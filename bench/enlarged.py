@@ -6,7 +6,6 @@ New inner features have output weights of zero, and so have the attention and th
 zeros.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench import options
 from cluster.model import open_model
-
-_COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+from compress.distill import copy_tokenizer
 
 
 def enlarge(source: Path, out: Path, intermediate: int, layers: int, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -40,10 +38,9 @@ def enlarge(source: Path, out: Path, intermediate: int, layers: int, dtype: torc
                     weight.zero_()
             else:
                 _widen(weight, old[name], zero=name.endswith("down_proj.weight"))
+    large.generation_config = small.generation_config
     large.save_pretrained(out)
-    for name in _COPIED:
-        if (source / name).exists():
-            shutil.copyfile(source / name, out / name)
+    copy_tokenizer(source, out)
     return int(large.num_parameters())
 
 

@@ -42,7 +42,7 @@ def spans(rows: int, **params: float) -> list[Span]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line. Raises SystemExit where the native kernels cannot be built."""
     parser = options.parser(__doc__)
-    parser.add_argument("--rows", type=lambda text: [options.positive(part) for part in text.split(",")], default=[1, 16, 64])
+    parser.add_argument("--rows", type=options.numbers, default=[1, 16, 64])
     parser.add_argument("--vocab", type=options.positive, default=32_000)
     parser.add_argument("--threads", type=options.positive, default=2)
     parser.add_argument("--repetitions", type=options.positive, default=20)

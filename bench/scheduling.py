@@ -6,7 +6,6 @@ So many sequences decode together; each iteration is scheduled, answered with a 
 thread, in microseconds.
 """
 
-import argparse
 from collections.abc import Sequence
 
 from bench import options
@@ -49,7 +48,7 @@ def measure(sequences: int, iterations: int) -> tuple[Times, Times]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = options.parser(__doc__)
-    parser.add_argument("--sequences", type=_counts, default=[64, 256], metavar="N,N")
+    parser.add_argument("--sequences", type=options.numbers, default=[64, 256], metavar="N,N")
     parser.add_argument("--iterations", type=options.positive, default=300)
     arguments = parser.parse_args(argv)
     report = Report("scheduling", command_line(argv))
@@ -59,13 +58,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append([sequences, scheduling.median, scheduling.p99, taking_in.median, taking_in.p99])
     report.table("an iteration in which all sequences decode", ["sequences", "schedule, us", "p99", "update, us", "p99"], rows)
     report.save(arguments.out)
-
-
-def _counts(text: str) -> list[int]:
-    try:
-        return [options.positive(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 if __name__ == "__main__":

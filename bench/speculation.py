@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = options.parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--draft", help="default: prompt lookup")
-    parser.add_argument("--batches", type=_sizes, default=[1, 2, 4, 8, 16, 32, 64], metavar="N,N")
+    parser.add_argument("--batches", type=options.numbers, default=[1, 2, 4, 8, 16, 32, 64], metavar="N,N")
     parser.add_argument("--tokens", type=options.positive, default=4, metavar="K")
     parser.add_argument("--repetitions", type=options.positive, default=3)
     parser.add_argument("--threads", type=options.positive, default=2)
@@ -89,10 +89,6 @@ def _load(side: str, arguments: Any) -> LLM:
 
 def _counts(llm: LLM) -> tuple[int, int]:
     return llm.batcher.counters.proposed, llm.batcher.counters.accepted
-
-
-def _sizes(text: str) -> list[int]:
-    return [options.positive(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

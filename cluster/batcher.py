@@ -154,9 +154,8 @@ class Batcher:
     @property
     def wants_plan(self) -> bool:
         """Whether one more plan may be in flight."""
-        return len(self.in_flight) < self.config.shares + (bool(self.in_flight) and self._runs_ahead())
-
-    def _runs_ahead(self) -> bool:
+        if len(self.in_flight) != self.config.shares:
+            return len(self.in_flight) < self.config.shares
         return not self._groups and self.pace.runs_ahead(self.in_flight[-1], self.kv.num_free, len(self.running))
 
     def schedule(self, now: float) -> StepPlan | None:
@@ -199,7 +198,7 @@ class Batcher:
     def _schedule_decodes(self, plan: StepPlan, chosen: list[Sequence]) -> int:
         """At most ceil(running / shares), so that every stage has its share. Returns how many tokens they take."""
         most = -(-len(self.running) // self.config.shares)
-        ahead = bool(self.in_flight) and self._runs_ahead()
+        ahead = self.config.may_run_ahead and len(self.in_flight) == self.config.shares
         budget = self.config.max_num_batched_tokens
         if self.config.speculative_tokens:  # proposals leave prompts their share
             budget -= self.pace.reserved(itertools.chain(self.running, self.line.waiting))
@@ -219,9 +218,9 @@ class Batcher:
                     count, tokens = count + 1, tokens + plan.chunks[-1].num_tokens
         if self.config.batching == "static" and any(s.finish is None for s in self.running):
             for sequence in self.running:
-                if count < most and sequence.finish is not None:
-                    count += self._rerun(sequence, plan, chosen)
-        return max(count, tokens)
+                if count < most and sequence.finish is not None and self._rerun(sequence, plan, chosen):
+                    count, tokens = count + 1, tokens + 1
+        return tokens
 
     def _schedule_prefills(self, plan: StepPlan, chosen: list[Sequence], budget: int) -> int:
         """The next chunks of admitted prompts. Returns the budget left."""
@@ -305,7 +304,7 @@ class Batcher:
     def update(self, result: StepResult) -> list[TokenDelta]:
         """Take in the result of the oldest plan in flight (see `expects`); returns what is new for the clients."""
         launched = self.in_flight.popleft()
-        self.pace.ran(launched.plan, result)
+        self.pace.ran(launched, result)
         drawn = {r.seq: r for r in result.results}
         told = {s.seq: s for s in result.scores}
         deltas: list[TokenDelta] = []

@@ -238,7 +238,7 @@ class Engine:
             if idle:
                 epoch.progress_at = now
             self.metrics.steps += 1
-            self.metrics.tokens_computed += sum(chunk.num_tokens for chunk in plan.chunks)
+            self.metrics.tokens_computed += batcher.in_flight[-1].num_tokens
             self._send(epoch.ready[0].address, plan)
         if epoch.pulls is not None:
             self._actions.extend(epoch.pulls.take_sends())
@@ -257,10 +257,10 @@ class Engine:
         if not batcher.expects(result):
             self._end_epoch(f"step {result.step}: not the result that was expected", now)
             return
-        launched = batcher.in_flight[0].plan
+        launched = batcher.in_flight[0]
         deltas = batcher.update(result)
         if self._epoch.pulls is not None:
-            self._epoch.pulls.worth.computed(sum(chunk.num_tokens for chunk in launched.chunks), result.compute_s)
+            self._epoch.pulls.worth.computed(launched.num_tokens, result.compute_s)
         self._epoch.progress_at = now
         self._epoch.results += 1
         if self._epoch.results == _SETTLED_RESULTS:

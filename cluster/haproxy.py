@@ -4,13 +4,12 @@ Ray Serve learns of it by environment variables, which its processes inherit. HA
 all addresses of the machine, as the routers' gRPC ports are: so it is taken unasked only where `host` is too.
 """
 
-import contextlib
 import importlib.util
-import socket
 from collections.abc import MutableMapping
 from pathlib import Path
 
 from cluster.config import Config, ConfigError
+from cluster.ports import free_ports
 
 _SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 _ANYWHERE = ("0.0.0.0", "::")
@@ -42,7 +41,7 @@ def choose_haproxy(config: Config, environ: MutableMapping[str, str], folder: Pa
 
 
 def _settings(folder: Path) -> dict[str, str]:
-    metrics, stats, http, grpc = _free_ports(4)
+    metrics, stats, http, grpc = map(str, free_ports(4))
     return {
         _SWITCH: "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -59,11 +58,3 @@ def _settings(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
         "RAY_SERVE_HAPROXY_STATS_PORT": stats,
     }
-
-
-def _free_ports(count: int) -> list[str]:
-    with contextlib.ExitStack() as stack:
-        open_ones = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in open_ones:
-            each.bind(("", 0))
-        return [str(each.getsockname()[1]) for each in open_ones]

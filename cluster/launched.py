@@ -13,6 +13,11 @@ class Launched:
     plan: StepPlan
     sequences: tuple[Sequence, ...]
 
+    @property
+    def num_tokens(self) -> int:
+        """That it runs."""
+        return sum(chunk.num_tokens for chunk in self.plan.chunks)
+
     def answered_by(self, result: StepResult) -> bool:
         """Whether `result` is of this plan: tokens for just the chunks that draw, scores for just those that are to tell some."""
         chunks = self.plan.chunks

@@ -6,7 +6,7 @@ from cluster.acceptance import Acceptance
 from cluster.config import BatchConfig
 from cluster.cost import StepCost
 from cluster.launched import Launched
-from cluster.protocol import StepPlan, StepResult
+from cluster.protocol import StepResult
 from cluster.request import Sequence
 
 _LEAST_CHUNK = 16
@@ -28,9 +28,9 @@ class Pace:
         self._usual = Acceptance(fade=0.99)
         """Of all sequences."""
 
-    def ran(self, plan: StepPlan, result: StepResult) -> None:
+    def ran(self, launched: Launched, result: StepResult) -> None:
         """A plan's result has come."""
-        self.cost.observe(sum(chunk.num_tokens for chunk in plan.chunks), result.compute_s - result.draft_s)
+        self.cost.observe(launched.num_tokens, result.compute_s - result.draft_s)
         if result.draft_token_s:
             self._draft_s += _DRAFT_FADE * (result.draft_token_s - self._draft_s)
 
@@ -56,8 +56,7 @@ class Pace:
         where blocks are so few that somebody has to give up some: of sequences in flight nobody does."""
         if not self._config.may_run_ahead or free_blocks < running:
             return False
-        tokens = sum(chunk.num_tokens for chunk in newest.plan.chunks)
-        return self._config.run_ahead == "on" or self.cost.seconds(tokens) < _SHORT_S
+        return self._config.run_ahead == "on" or self.cost.seconds(newest.num_tokens) < _SHORT_S
 
     def reserved(self, known: Iterable[Sequence]) -> int:
         """Tokens of an iteration that proposals leave to prompts: what those need, as much as they get beside decodes, and at most

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import secrets
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from cluster.bundles import resource_of
 from cluster.config import Config, ConfigError
 from cluster.finder import SCHEDULER, find_actor, named_actors
 from cluster.nodes import alive_nodes, has_gpus
+from cluster.ports import free_ports
 
 _ACTOR_TIMEOUT_S = 60.0
 _CHECK_TIMEOUT_S = 30.0
@@ -86,7 +86,7 @@ def _end_stranger(name: str, lease: str) -> None:
 def _scheduler(config: Config, lease: str, secret: str, coming: bool) -> tuple[str, str]:
     for attempt in range(_ATTEMPTS):
         options = ray.remote(SchedulerActor).options(name=SCHEDULER, **_always(lease))
-        scheduler = options.remote(config, _free_port(), lease, secret)
+        scheduler = options.remote(config, free_ports(1)[0], lease, secret)
         try:
             if coming:
                 scheduler.router_comes.remote()
@@ -140,10 +140,3 @@ def check_model(config: Config) -> None:
 def is_model(path: str) -> bool:
     """Whether there is a model directory on this machine."""
     return (Path(path).expanduser() / "config.json").is_file()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port

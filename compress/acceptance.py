@@ -30,33 +30,37 @@ class Acceptance:
     prompts: int
 
 
-def measure(files: ModelFiles, draft: Path, held_out: Tensor, temperature: float) -> Acceptance:
-    """Continue prefixes from all over `held_out` [n] ids with the draft proposing K tokens each time, one after the other."""
+def measure(files: ModelFiles, draft: Path, held_out: Tensor) -> dict[str, Acceptance]:
+    """By the names of CHOSEN: continue prefixes from all over `held_out` [n] ids, one after the other, the draft proposing K tokens
+    each time."""
     step = (len(held_out) - PREFIX) // PROMPTS
     prompts = [held_out[i * step : i * step + PREFIX].tolist() for i in range(PROMPTS)]
-    tried, right, looped, steps, tokens = [0] * K, [0] * K, 0, 0, 0
     settings = {"speculative": "draft", "draft_model": str(draft), "speculative_tokens": K, "speculative_pace": "fixed"}
     with LLM(str(files.path), **settings) as llm:  # type: ignore[arg-type]
-        pace = llm.batcher.pace
-        told: list[tuple[int, int]] = []
+        return {name: _measure(llm, prompts, temperature) for name, temperature in CHOSEN.items()}
 
-        def verified(sequence: Sequence, proposed: int, stood: int) -> None:
-            told.append((proposed, stood))
 
-        pace.verified = verified  # type: ignore[method-assign]
-        for number, prompt in enumerate(prompts):
-            told.clear()
-            params = SamplingParams(seed=number, temperature=temperature, max_tokens=OUTPUT)
-            [done] = llm.generate([prompt], params, ignore_eos=True)
-            if loops(done.outputs[0].token_ids):
-                looped += 1
-                continue
-            for proposed, stood in told:
-                if proposed == K:
-                    steps, tokens = steps + 1, tokens + stood + 1
-                for position in range(min(proposed, stood + 1)):
-                    tried[position] += 1
-                    right[position] += position < stood
+def _measure(llm: LLM, prompts: list[list[int]], temperature: float) -> Acceptance:
+    tried, right, looped, steps, tokens = [0] * K, [0] * K, 0, 0, 0
+    told: list[tuple[int, int]] = []
+
+    def verified(sequence: Sequence, proposed: int, stood: int) -> None:
+        told.append((proposed, stood))
+
+    llm.batcher.pace.verified = verified  # type: ignore[method-assign]
+    for number, prompt in enumerate(prompts):
+        told.clear()
+        params = SamplingParams(seed=number, temperature=temperature, max_tokens=OUTPUT)
+        [done] = llm.generate([prompt], params, ignore_eos=True)
+        if loops(done.outputs[0].token_ids):
+            looped += 1
+            continue
+        for proposed, stood in told:
+            if proposed == K:
+                steps, tokens = steps + 1, tokens + stood + 1
+            for position in range(min(proposed, stood + 1)):
+                tried[position] += 1
+                right[position] += position < stood
     shares = [r / t if t else 0.0 for r, t in zip(right, tried, strict=True)]
     return Acceptance(shares, tokens / steps if steps else 0.0, looped, len(prompts))
 

@@ -20,7 +20,7 @@ from cluster.model import ModelFiles
 from cluster.offline import LLM
 from cluster.protocol import SamplingParams
 from cluster.shape import ModelShape
-from compress.acceptance import CHOSEN, K, measure
+from compress.acceptance import K, measure
 from compress.corpus import GOLDEN
 from compress.training import Plan, Trainer
 from router.tokenizer import load
@@ -208,7 +208,7 @@ def distill(
         "tokens": trainer.tokens,
         "minutes": round(trainer.schedule.seconds / 60, 1),
         "kl_nats_per_token": loss,
-        "acceptance": {name: asdict(measure(files, out, held_out, t)) for name, t in CHOSEN.items()},
+        "acceptance": {name: asdict(found) for name, found in measure(files, out, held_out).items()},
         "proposed_at_a_time": K,
     }
     (out / "distillation.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -220,6 +220,11 @@ def export(student: PreTrainedModel, files: ModelFiles, out: Path) -> None:
     shipped = Qwen3ForCausalLM(student.config).to(torch.bfloat16)
     shipped.load_state_dict(student.state_dict())
     shipped.save_pretrained(out)
+    copy_tokenizer(files.path, out)
+
+
+def copy_tokenizer(model: Path, out: Path) -> None:
+    """Those of its files that are there."""
     for name in _TOKENIZER:
-        if (files.path / name).exists():
-            shutil.copyfile(files.path / name, out / name)
+        if (model / name).exists():
+            shutil.copyfile(model / name, out / name)

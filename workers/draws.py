@@ -1,6 +1,5 @@
 """How one sequence's tokens are to be drawn, worked out once when it enters."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -70,11 +69,6 @@ class DrawSetup:
     def filtered(self) -> bool:
         """Some tokens can't be drawn."""
         return self.params.top_k > 0 or self.params.top_p < 1.0 or self.params.min_p > 0.0
-
-    @cached_property
-    def lowest_score(self) -> float:
-        """min_p as a score: the log-probability relative to the likeliest token's below which one can't be drawn."""
-        return min(0.0, math.log(self.params.min_p)) if self.params.min_p > 0 else -math.inf
 
     @cached_property
     def simple(self) -> bool:

@@ -9,6 +9,7 @@ sorted.
     min_p   a token stays with at least min_p times the probability of the likeliest one
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.protocol import SamplingParams
-from workers.selection import largest
+from workers.selection import largest, rows_of
 
 _BUCKETS = 1024
 _BUCKETS_PER_UNIT = 64
@@ -29,19 +30,23 @@ def thresholds(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
     scores [rows, vocab] fp32: log-probabilities up to a constant, of which the largest in each row is 0.
     """
-    limits = torch.tensor([np.log(p.min_p) if p.min_p > 0 else -np.inf for p in params], dtype=torch.float32)
-    limits = limits.clamp_(max=0.0).to(scores.device)
+    limits = torch.tensor([lowest_score(p) for p in params], dtype=torch.float32).to(scores.device)
     vocab = scores.shape[1]
     by_count = [i for i, p in enumerate(params) if 0 < p.top_k < vocab]
     by_mass = [i for i, p in enumerate(params) if p.top_p < 1.0 and not 0 < p.top_k < vocab]
     if by_count:
-        edges = _top_k_edge(_rows(scores, by_count), [params[i] for i in by_count])
+        edges = _top_k_edge(rows_of(scores, by_count), [params[i] for i in by_count])
         limits[by_count] = torch.maximum(limits[by_count], edges)
     if by_mass:
         shares = np.array([params[i].top_p for i in by_mass])
-        edges = _nucleus_edge(_rows(scores, by_mass), shares)
+        edges = _nucleus_edge(rows_of(scores, by_mass), shares)
         limits[by_mass] = torch.maximum(limits[by_mass], edges)
     return limits[:, None]
+
+
+def lowest_score(params: SamplingParams) -> float:
+    """min_p as a score: tokens below it are dropped."""
+    return min(0.0, math.log(params.min_p)) if params.min_p > 0 else -math.inf
 
 
 def _top_k_edge(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -97,7 +102,3 @@ def _nucleus_edge_by_buckets(
         summed = above + np.exp(members).cumsum(dtype=np.float64)
         edges[number] = members[int((summed[:-1] < wanted).sum())]
     return edges
-
-
-def _rows(scores: Tensor, rows: list[int]) -> Tensor:
-    return scores if len(rows) == len(scores) else scores[rows]

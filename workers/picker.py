@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.filters import thresholds
 from workers.keys import position_keys
 from workers.noise import GumbelNoise
-from workers.selection import argmax, where
+from workers.selection import argmax, rows_of, where
 from workers.sequences import Span
 
 _MANY = 0.05
@@ -36,8 +38,7 @@ class TorchPicker:
         """See Picker."""
         filtered = [i for i, span in enumerate(spans) if span.state.draws.filtered]
         if len(filtered) in (0, len(spans)):
-            some = logits if len(rows) == len(logits) else logits[list(rows)]
-            return (self._filtered if filtered else self._plain)(some, spans).tolist()
+            return (self._filtered if filtered else self._plain)(rows_of(logits, rows), spans).tolist()
         kinds = (filtered, [i for i, span in enumerate(spans) if not span.state.draws.filtered])
         drawn: dict[int, int] = {}
         for kind in kinds:
@@ -46,14 +47,14 @@ class TorchPicker:
 
     def _plain(self, logits: Tensor, spans: Sequence[Span]) -> Tensor:
         """Any token can come."""
-        scores, keys = _scores(logits, spans), _keys(spans, logits.device)
+        scores, keys = _scores(logits, spans), torch.from_numpy(noise_keys(spans)).to(logits.device)
         if scores.device.type != "cpu":
             return argmax(scores.add_(self._noise.whole(keys)))
         return self._winners(scores, keys, self._noise.contenders(scores, keys))
 
     def _filtered(self, logits: Tensor, spans: Sequence[Span]) -> Tensor:
         """Noise only for the tokens that the filters leave; where they leave many, for those of them that can win."""
-        scores, keys = _scores(logits, spans), _keys(spans, logits.device)
+        scores, keys = _scores(logits, spans), torch.from_numpy(noise_keys(spans)).to(logits.device)
         left = scores >= thresholds(scores, [span.state.params for span in spans])
         if scores.device.type != "cpu":
             return argmax(scores.masked_fill_(~left, -torch.inf).add_(self._noise.whole(keys)))
@@ -78,7 +79,6 @@ def _scores(logits: Tensor, spans: Sequence[Span]) -> Tensor:
     return logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)
 
 
-def _keys(spans: Sequence[Span], device: torch.device) -> Tensor:
-    """[len(spans), 2] int32: the noise keys of the positions after the spans."""
-    keys = position_keys([span.state.draws.noise_key for span in spans], [span.end for span in spans])
-    return torch.from_numpy(keys).to(device)
+def noise_keys(spans: Sequence[Span]) -> NDArray[np.int32]:
+    """[len(spans), 2]: those of the positions after the spans."""
+    return position_keys([span.state.draws.noise_key for span in spans], [span.end for span in spans])

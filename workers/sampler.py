@@ -10,7 +10,7 @@ from cluster.protocol import TokenLogprobs
 from workers.logprobs import describe, likeliest
 from workers.penalties import adjust
 from workers.picker import Picker
-from workers.selection import argmax
+from workers.selection import argmax, rows_of
 from workers.sequences import Span
 
 
@@ -47,7 +47,7 @@ class Sampler:
         drawn = [i for i, setup in enumerate(setups) if not setup.greedy]
         tokens = [0] * len(spans)
         if greedy:
-            _put(tokens, greedy, argmax(_rows(logits, greedy)).tolist())
+            _put(tokens, greedy, argmax(rows_of(logits, greedy)).tolist())
         if drawn:
             _put(tokens, drawn, self._picker.pick(logits, drawn, [spans[i] for i in drawn]))
         counts = [setups[i].params.logprobs or 0 for i in reporting]
@@ -57,16 +57,12 @@ class Sampler:
 
     def _draw_mixed(self, logits: Tensor, spans: Sequence[Span], beams: Sequence[int]) -> list[Draw]:
         """As draw(), where rows `beams` are those of beams, of which nothing is drawn."""
-        told = likeliest(_rows(logits, list(beams)), [spans[i].state.draws.candidates for i in beams])
+        told = likeliest(rows_of(logits, beams), [spans[i].state.draws.candidates for i in beams])
         drawn = {i: Draw(next(iter(entry.top_ids), 0), entry) for i, entry in zip(beams, told, strict=True)}
         others = [i for i in range(len(spans)) if i not in drawn]
         if others:
             drawn |= zip(others, self.draw(logits[others], [spans[i] for i in others]), strict=True)
         return [drawn[i] for i in range(len(spans))]
-
-
-def _rows(logits: Tensor, rows: list[int]) -> Tensor:
-    return logits if len(rows) == len(logits) else logits[rows]
 
 
 def _put(tokens: list[int], rows: list[int], drawn: list[int]) -> None:

@@ -1,5 +1,7 @@
 """Selections along the rows of a large matrix, in ways that suit a CPU too: torch's own are scalar there."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,6 +25,11 @@ def largest(scores: Tensor, count: int) -> Tensor:
     # Partitioning is some five times faster than torch's topk on a CPU (0.05 ms a row of 32k against 0.34).
     tail = np.partition(scores.numpy(), scores.shape[1] - count, axis=-1)[:, -count:]
     return torch.from_numpy(np.sort(tail, axis=-1)[:, ::-1].copy())
+
+
+def rows_of(matrix: Tensor, rows: Sequence[int]) -> Tensor:
+    """[len(rows), n]: these rows, which are all different and in order; not copied where they are all."""
+    return matrix if len(rows) == len(matrix) else matrix[list(rows)]
 
 
 def where(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import httpx
 from bench import options
 from bench.clients import Run as Clients
 from bench.clients import body, run
-from bench.deployed import DeployError, deployed, free_port
+from bench.deployed import DeployError, deployed
 from bench.peers import TIMEOUT_S, PeerError
 from bench.peers.known import KNOWN, variables
 from bench.peers.measured import Pair, Run, counted, measuring, median_ratio
@@ -27,6 +27,7 @@ from bench.peers.vllm_peer import fastest_dtype, kv_gib
 from bench.report import Cell, Report
 from bench.workload import Job, Shape, jobs, uniform_shapes
 from cluster.model import open_model
+from cluster.ports import free_ports
 
 HOST = "127.0.0.1"
 REQUESTS = 64
@@ -54,14 +55,14 @@ class Served:
 
 def serve_rayline(model: Path, arguments: Namespace, longest: int) -> AbstractContextManager[str]:
     """`rayline serve` as a user starts it."""
-    words = [str(model), "--host", HOST, "--port", str(free_port()), "--grpc-port", "0", "--haproxy", "on"]
+    words = [str(model), "--host", HOST, "--port", str(free_ports(1)[0]), "--grpc-port", "0", "--haproxy", "on"]
     return deployed([*words, "--threads", str(arguments.threads), "--max-model-len", str(longest)])
 
 
 @contextlib.contextmanager
 def serve_vllm(model: Path, arguments: Namespace, longest: int) -> Iterator[str]:
     """vLLM's OpenAI server of the installed environment. Raises PeerError."""
-    peer, port = KNOWN["vllm"], free_port()
+    peer, port = KNOWN["vllm"], free_ports(1)[0]
     if not peer.environment.complete(arguments.peers):
         raise PeerError(f"vllm is not installed in {arguments.peers}: python -m bench.peers.install vllm --into {arguments.peers}")
     dtype = fastest_dtype()

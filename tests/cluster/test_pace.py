@@ -8,6 +8,7 @@ import pytest
 from cluster.acceptance import Acceptance
 from cluster.batcher import Batcher
 from cluster.config import BatchConfig
+from cluster.launched import Launched
 from cluster.pace import Pace
 from cluster.protocol import ChunkResult, StepPlan, StepResult
 from cluster.request import Scoring, Sequence
@@ -56,7 +57,7 @@ def test_an_expensive_draft_proposes_less() -> None:
     before = p.wanted(s, 1)
     plan = StepPlan(epoch=0, step=0, admitted=[], chunks=[], copies=[], finished=[])
     for _ in range(60):
-        p.ran(plan, StepResult(epoch=0, step=0, results=[], compute_s=1.01, draft_s=1.0, draft_token_s=0.006))
+        p.ran(Launched(plan, ()), StepResult(epoch=0, step=0, results=[], compute_s=1.01, draft_s=1.0, draft_token_s=0.006))
     assert p.wanted(s, 1) < before
     s.proposed = [1, 2, 3, 4]
     assert len(p.kept(s, 1)) == 4, "what was paid for is judged by what verifying costs"

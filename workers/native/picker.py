@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from workers.keys import position_keys
+from workers.filters import lowest_score
 from workers.native.library import Threads, address
+from workers.picker import noise_keys
 from workers.sequences import Span
 
 _DRAWING = np.dtype(
@@ -25,13 +26,13 @@ class NativePicker:
     def pick(self, logits: Tensor, rows: Sequence[int], spans: Sequence[Span]) -> list[int]:
         """See Picker."""
         drawings, tokens = np.empty(len(rows), _DRAWING), np.empty(len(rows), np.int64)
-        setups = [span.state.draws for span in spans]
+        params = [span.state.params for span in spans]
         drawings["row"] = rows
-        drawings["top_p"] = [setup.params.top_p for setup in setups]
-        drawings["temperature"] = [setup.params.temperature for setup in setups]
-        drawings["lowest"] = [setup.lowest_score for setup in setups]
-        drawings["top_k"] = [setup.params.top_k for setup in setups]
-        drawings["keys"] = position_keys([setup.noise_key for setup in setups], [span.end for span in spans]).view(np.uint32)
+        drawings["top_p"] = [p.top_p for p in params]
+        drawings["temperature"] = [p.temperature for p in params]
+        drawings["lowest"] = [lowest_score(p) for p in params]
+        drawings["top_k"] = [p.top_k for p in params]
+        drawings["keys"] = noise_keys(spans).view(np.uint32)
         logits = logits.contiguous()
         with self._threads as threads:
             threads.library.run(
