@@ -1,6 +1,5 @@
 """Starting and ending a served model on Ray: the detached scheduler and engines, and the router in front of them."""
 
-import contextlib
 import json
 import logging
 import os
@@ -11,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -34,7 +34,7 @@ _ANSWER_S = 10.0
 log = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
+@contextmanager
 def served(config: Config, stop: threading.Event) -> Iterator[str]:
     """Serve `config.model` over HTTP and gRPC while the context lasts; yields HTTP's base URL. SIGINT and SIGTERM set `stop`.
 
@@ -142,8 +142,7 @@ def _end_serve() -> None:
     controller = find_actor(_CONTROLLER, _SERVE_NAMESPACE)
     if controller is None:
         return
-    with contextlib.suppress(ray.exceptions.RayActorError):  # it may end before it answers
-        ray.get(controller.graceful_shutdown.remote(False), timeout=_STOP_TIMEOUT_S)
+    controller.graceful_shutdown.remote(False)  # its answer is not waited for: it may end before, and Ray would try again for long
     end = time.monotonic() + _STOP_TIMEOUT_S
     while find_actor(_CONTROLLER, _SERVE_NAMESPACE) is not None and time.monotonic() < end:
         time.sleep(0.1)
