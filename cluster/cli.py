@@ -19,6 +19,7 @@ import yaml
 from cluster.config import Config, ConfigError, from_mapping
 from cluster.haproxy import choose_haproxy
 from cluster.model import DEMO_MODEL, open_model
+from cluster.schemes import parse_recipe
 from parallel.mesh import Mesh
 from parallel.partition import partition
 
@@ -106,6 +107,8 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
     config = resolve(model, config_file, options)
     files = open_model(config.model, config.revision)
     partition(files.shape, Mesh(config.tp, config.pp).seat(0), config.stage_layers)  # can it be divided so? before Ray is started
+    for recipe in (config.quantization, config.draft_quantization):
+        parse_recipe(recipe)
     from router.tokenizer import load
 
     if config.draft_model is not None:

@@ -113,6 +113,9 @@ class Config:
     """The name clients use; the model's last path component where absent."""
     revision: str | None = None
     dtype: Dtype = "auto"
+    quantization: str | None = None
+    """Of linears while they are loaded: int8, int4-g128, fp8 (with -asym, -dynamic), or a recipe as lm_head: bf16, layers.0-1:
+    int8, rest: int4. Default: as in the checkpoint."""
     device: Device = "auto"
     tp: int = 1
     """Tensor parallelism: ranks that share every layer."""
@@ -152,6 +155,8 @@ class Config:
     last few tokens where the sequence had them before (prompt lookup, Saxena 2023). draft: what draft_model draws."""
     draft_model: str | None = None
     """A small model of the same vocabulary: a directory or hub id. Only the rank that draws loads it, whole."""
+    draft_quantization: str | None = None
+    """As quantization, of the draft model."""
     speculative_tokens: int = 4
     """Most tokens proposed for a sequence at a time."""
     speculative_pace: SpeculativePace = "adaptive"
@@ -220,6 +225,8 @@ class Config:
             raise ConfigError(f"speculative_tokens is {self.speculative_tokens}, but must be from 1 to 32")
         if (self.draft_model is not None) != (self.speculative == "draft"):
             raise ConfigError("speculative draft and draft_model go together")
+        if self.draft_quantization is not None and self.draft_model is None:
+            raise ConfigError("draft_quantization is for a draft_model")
         if self.speculative != "off" and self.batching != "continuous":
             raise ConfigError("speculation is for continuous batching")
         if not 1 <= self.port <= 65535:

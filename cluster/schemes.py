@@ -105,9 +105,15 @@ class Recipe:
         return tuple(dict.fromkeys(p for _, p in self.rules if isinstance(p, Scheme)))
 
 
-def parse_recipe(text: str) -> Recipe:
+UNCHANGED = Recipe(())
+"""All as it is in the checkpoint."""
+
+
+def parse_recipe(text: str | None) -> Recipe:
     """`lm_head: bf16, layers.0-1: int8, down_proj: int8, rest: int4-g128`; a precision alone is that of the layers' linears, and
-    the lm_head stays as it is. Raises ConfigError."""
+    the lm_head stays as it is. None: UNCHANGED. Raises ConfigError."""
+    if text is None:
+        return UNCHANGED
     if ":" not in text:
         return Recipe((("layers", parse_precision(text)),))
     rules = []

@@ -41,6 +41,10 @@ class Group:
             total += part
         return total.to(x.dtype)
 
+    def all_max(self, x: Tensor) -> Tensor:
+        """The greatest over the ranks of x [n], the same on each."""
+        return x if self.size == 1 else self.all_gather(x[:, None]).amax(0)[:, 0]
+
     def all_gather(self, x: Tensor) -> Tensor:
         """[size, *x.shape], in the order of the ranks; x has the same shape on each."""
         gathered = x.new_empty(self.size, *x.shape)

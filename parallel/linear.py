@@ -9,7 +9,6 @@ dropped. Packed fp32 with a hint of 16 rows or more gives a row the same bits wh
 Milliseconds of 1024 -> 6144 in fp32, packed against plain, on a 2-core Zen 3 with AVX2: 0.8 / 1.5 at 1 row, 7.3 / 12.2 at 64 rows.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -31,10 +30,6 @@ class Multiply(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """[n, in_features] -> [n, out_features], contiguous."""
-
-
-MakeLinear = Callable[[Tensor, Tensor | None], Multiply]
-"""Of weight [out_features, in_features] and bias [out_features] or None."""
 
 
 class Linear:
@@ -69,11 +64,12 @@ class Linear:
 class RowParallel:
     """A linear whose input features are divided among the ranks of a group: y = sum over ranks of x_rank W_rankᵀ, + b."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, group: Group, make: MakeLinear = Linear) -> None:
-        """weight [out_features, this rank's in_features], bias [out_features], the same on each rank."""
+    def __init__(self, own: Multiply, bias: Tensor | None, group: Group) -> None:
+        """own: of this rank's in_features, with the bias where the group is this rank alone. bias [out_features], the same on each
+        rank, where it is not."""
         self.group = group
-        self._bias = bias if group.size > 1 else None  # after the sum, else each rank would add it
-        self.own = make(weight, bias if group.size == 1 else None)
+        self._bias = bias
+        self.own = own
         """This rank's part."""
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -84,21 +80,6 @@ class RowParallel:
         """y [n, out_features] of what `own` gives on each rank, which may be overwritten."""
         y = self.group.all_reduce(part)
         return y if self._bias is None else y + self._bias
-
-
-def fused(
-    parts: Sequence[Tensor], biases: Sequence[Tensor] | None, dtype: torch.dtype, device: torch.device, make: MakeLinear = Linear
-) -> Multiply:
-    """One linear whose output is that of the parts side by side (QKV, gate and up), converted while they are put together.
-
-    parts: [out_features_i, in_features] each, of any dtype, on any device; biases: [out_features_i] each.
-    """
-    sizes = [len(part) for part in parts]
-    weight = torch.empty(sum(sizes), parts[0].shape[1], dtype=dtype, device=device)
-    for piece, part in zip(torch.split(weight, sizes), parts, strict=True):
-        piece.copy_(part)
-    bias = torch.cat([b.to(device, dtype) for b in biases]) if biases else None
-    return make(weight, bias)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

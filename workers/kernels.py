@@ -16,7 +16,21 @@ from parallel.vocabulary import WideLinear
 from workers.attention import AttentionBackend, make_attention
 from workers.decoder import DecoderLayer, LayerStack, Norm, TorchLayers, rms_norm
 from workers.picker import Picker, TorchPicker
+from workers.quantization.activations import Exchange
+from workers.quantization.linear import TorchQuantizedHead, TorchQuantizedLinear
+from workers.quantization.weight import QuantizedWeight
 from workers.rope import Rope
+from workers.weights import Weight
+
+
+class MakeLinear(Protocol):
+    """Makes a linear layer."""
+
+    def __call__(self, weight: Weight, bias: Tensor | None, exchange: Exchange | None = None) -> Multiply:
+        """weight [out_features, in_features], bias [out_features] or None.
+
+        exchange: with the ranks that have other features of the same tokens, where activations are quantized by the range of all.
+        """
 
 
 class Kernels(Protocol):
@@ -25,16 +39,16 @@ class Kernels(Protocol):
     cpu_dtypes: Collection[torch.dtype]
     """Of weights, multiplied well on a CPU."""
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Multiply:
-        """weight [out_features, in_features], bias [out_features] or None."""
+    def linear(self, weight: Weight, bias: Tensor | None, exchange: Exchange | None = None) -> Multiply:
+        """See MakeLinear."""
 
-    def gate_up(self, weight: Tensor, bias: Tensor | None) -> Multiply:
+    def gate_up(self, weight: Weight, bias: Tensor | None, exchange: Exchange | None = None) -> Multiply:
         """The same of gate over up, whose outputs are multiplied in the stack."""
 
     def norm(self, weight: Tensor, eps: float) -> Norm:
         """RMSNorm with `weight` [hidden]."""
 
-    def head(self, weight: Tensor, dtype: torch.dtype) -> Multiply:
+    def head(self, weight: Weight, dtype: torch.dtype) -> Multiply:
         """The lm_head [vocab, hidden], whose output is fp32, for hidden states computed in dtype."""
 
     def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -58,20 +72,27 @@ class Kernels(Protocol):
 class TorchKernels:
     """torch's operators."""
 
-    linear = staticmethod(Linear)
-    gate_up = staticmethod(Linear)
-
     def __init__(self, attention: str = "torch") -> None:
         """attention: see make_attention."""
         self._attention = attention
         self.cpu_dtypes: Collection[torch.dtype] = (torch.float32, torch.bfloat16) if cpu_computes_bfloat16() else (torch.float32,)
 
+    def linear(self, weight: Weight, bias: Tensor | None, exchange: Exchange | None = None) -> Multiply:
+        """See Kernels."""
+        if isinstance(weight, QuantizedWeight):
+            return TorchQuantizedLinear(weight, bias, exchange)
+        return Linear(weight, bias)
+
+    gate_up = linear
+
     def norm(self, weight: Tensor, eps: float) -> Norm:
         """See Kernels."""
         return lambda x: rms_norm(x, weight, eps)
 
-    def head(self, weight: Tensor, dtype: torch.dtype) -> Multiply:
+    def head(self, weight: Weight, dtype: torch.dtype) -> Multiply:
         """See Kernels."""
+        if isinstance(weight, QuantizedWeight):
+            return TorchQuantizedHead(weight)
         return WideLinear(weight if weight.device.type == "cpu" else weight.to(dtype))
 
     def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -112,6 +133,8 @@ def choose_kernels(config: Config, device: torch.device) -> Kernels:
     from workers.native.kernels import NativeKernels
     from workers.native.library import library
 
+    if config.quantization or config.draft_quantization:
+        return TorchKernels()
     built = library()
     if built is None and asked:
         raise ConfigError("native kernels cannot be built here (the log says why); --kernels torch needs no compiler")

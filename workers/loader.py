@@ -1,5 +1,5 @@
-"""From a model directory to a Decoder: each tensor is converted and packed as it is read, so that no second copy builds up; of a
-divided model each rank reads its own part only."""
+"""From a model directory to a Decoder: each tensor is converted, quantized and packed as it is read, so that no second copy builds
+up; of a divided model each rank reads its own part only."""
 
 import sys
 from collections.abc import Mapping
@@ -10,17 +10,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cluster.model import ModelFiles
+from cluster.schemes import UNCHANGED, Recipe
 from cluster.shape import ModelShape
 from parallel.groups import SOLO_GROUP, Group
-from parallel.linear import MakeLinear, Multiply, RowParallel, fused
+from parallel.linear import Multiply, RowParallel
 from parallel.partition import Partition
 from parallel.vocabulary import Embedding, LogitsHead
 from workers.checkpoint import Checkpoint
 from workers.decoder import Decoder, DecoderLayer
-from workers.kernels import Kernels
+from workers.kernels import Kernels, MakeLinear
 from workers.rope import Rope
+from workers.weights import LinearWeights, Weight
 
-_EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+_EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 
 def load_decoder(
@@ -31,22 +33,25 @@ def load_decoder(
     max_model_len: int,
     *,
     kernels: Kernels,
+    recipe: Recipe = UNCHANGED,
     peers: Group = SOLO_GROUP,
     progress: bool = False,
 ) -> Decoder:
     """Read a rank's part of the weights of `files`. Raises ConfigError naming a tensor that is missing, odd or superfluous.
 
-    kernels: what computes them, on the device. peers: the ranks that share these layers. progress: show a bar on stderr.
+    kernels: what computes them, on the device. recipe: what is quantized on the way. peers: the ranks that share these layers.
+    progress: show a bar on stderr.
     """
     shape = files.shape
     with tqdm(total=len(part.layers) + 2, desc="loading weights", file=sys.stderr, disable=not progress, leave=False) as bar:
-        loader = _Loader(Checkpoint(files.path), shape, part, peers, dtype, device, kernels)
+        weights = LinearWeights(Checkpoint(files.path), recipe, dtype, device)
+        loader = _Loader(weights, shape, part, peers, kernels)
         layers = []
         for number in part.layers:
             layers.append(loader.layer(f"model.layers.{number}."))
             bar.update()
         rows = loader.embedding_rows()
-        head = LogitsHead(kernels.head(loader.head_rows(rows), dtype), part.vocab, peers) if part.judges else None
+        head = LogitsHead(kernels.head(loader.head(rows), dtype), part.vocab, peers) if part.judges else None
         bar.update()
         hidden_dtype = kernels.hidden_dtype(dtype)
         rope = Rope(shape.head_dim, shape.rope_theta, shape.rope_scaling, max_model_len, device)
@@ -67,32 +72,33 @@ def load_decoder(
 
 @dataclass(frozen=True)
 class _Loader:
-    checkpoint: Checkpoint
+    weights: LinearWeights
     shape: ModelShape
     part: Partition
     peers: Group
-    dtype: torch.dtype
-    device: torch.device
     kernels: Kernels
 
-    def vector(self, name: str, size: int, rows: range | None = None) -> Tensor:
-        """A norm's weight or a bias of `size` elements, or some of them."""
-        return self.checkpoint.take(name, size, rows=rows).to(self.device, self.dtype, copy=True)
+    def vector(self, name: str, size: int) -> Tensor:
+        """A norm's weight of `size` elements."""
+        weights = self.weights
+        return weights.checkpoint.take(f"{name}.weight", size).to(weights.device, weights.dtype, copy=True)
 
     def linear(
         self, prefix: str, parts: Mapping[str, tuple[int, range]], inputs: int, bias: bool, make: MakeLinear | None = None
     ) -> Multiply:
         """The linears `parts` (name -> all out_features, this rank's) of `inputs` features, side by side."""
-        weights = [self.checkpoint.take(f"{prefix}{name}.weight", size, inputs, rows=own) for name, (size, own) in parts.items()]
-        biases = [self.checkpoint.take(f"{prefix}{name}.bias", size, rows=own) for name, (size, own) in parts.items() if bias]
-        return fused(weights, biases or None, self.dtype, self.device, make or self.kernels.linear)
+        read = [self.weights.read(f"{prefix}{name}", size, inputs, rows=own) for name, (size, own) in parts.items()]
+        biases = [self.weights.bias(f"{prefix}{name}", size, own) for name, (size, own) in parts.items() if bias]
+        weight = self.weights.together(read, f"{prefix}{'+'.join(parts)}")
+        return (make or self.kernels.linear)(weight, torch.cat(biases) if biases else None)
 
     def row_parallel(self, name: str, outputs: int, inputs: int, own: range, bias: bool) -> RowParallel:
         """The linear `name` of `inputs` features, of which this rank has `own`."""
-        weight = self.checkpoint.take(f"{name}.weight", outputs, inputs, columns=own)
-        added = self.vector(f"{name}.bias", outputs) if bias else None
-        whole = weight.to(self.device, self.dtype, copy=True).contiguous()
-        return RowParallel(whole, added, self.peers, self.kernels.linear)
+        weight = self.weights.together([self.weights.read(name, outputs, inputs, columns=own)], name)
+        added = self.weights.bias(name, outputs) if bias else None
+        alone = self.peers.size == 1  # else each rank would add it
+        part = self.kernels.linear(weight, added if alone else None, None if alone else self.peers.all_max)
+        return RowParallel(part, None if alone else added, self.peers)
 
     def layer(self, prefix: str) -> DecoderLayer:
         """Weights under `prefix` ("model.layers.0.")."""
@@ -104,19 +110,19 @@ class _Loader:
         qkv = {"q_proj": (query, heads), "k_proj": (kv, kv_heads), "v_proj": (kv, kv_heads)}
         gate_up = {"gate_proj": (inner, part.inner), "up_proj": (inner, part.inner)}
         return DecoderLayer(
-            input_norm=self.vector(f"{prefix}input_layernorm.weight", hidden),
+            input_norm=self.vector(f"{prefix}input_layernorm", hidden),
             qkv=self.linear(attention, qkv, hidden, shape.qkv_bias),
             qk_norm=self.qk_norm(attention) if shape.qk_norm else None,
             output=self.row_parallel(f"{attention}o_proj", hidden, query, heads, shape.output_bias),
-            mlp_norm=self.vector(f"{prefix}post_attention_layernorm.weight", hidden),
+            mlp_norm=self.vector(f"{prefix}post_attention_layernorm", hidden),
             gate_up=self.linear(mlp, gate_up, hidden, shape.mlp_bias, self.kernels.gate_up),
             down=self.row_parallel(f"{mlp}down_proj", hidden, inner, part.inner, shape.mlp_bias),
         )
 
     def qk_norm(self, prefix: str) -> Tensor:
         """[num_heads + num_kv_heads, head_dim] of this rank's heads, see DecoderLayer."""
-        query = self.vector(f"{prefix}q_norm.weight", self.shape.head_dim).expand(len(self.part.heads), -1)
-        key = self.vector(f"{prefix}k_norm.weight", self.shape.head_dim).expand(len(self.part.kv_heads), -1)
+        query = self.vector(f"{prefix}q_norm", self.shape.head_dim).expand(len(self.part.heads), -1)
+        key = self.vector(f"{prefix}k_norm", self.shape.head_dim).expand(len(self.part.kv_heads), -1)
         return torch.cat((query, key))
 
     def embedding_rows(self) -> Tensor | None:
@@ -124,27 +130,28 @@ class _Loader:
         if not self.part.embeds and not (self.part.judges and self.shape.tied_embeddings):
             return None
         shape = self.shape
-        rows = self.checkpoint.take(_EMBEDDING, shape.vocab_size, shape.hidden_size, rows=self.part.own_vocab)
-        return rows.to(self.device, copy=True)
+        rows = self.weights.checkpoint.take(f"{_EMBEDDING}.weight", shape.vocab_size, shape.hidden_size, rows=self.part.own_vocab)
+        return rows.to(self.weights.device, copy=True)
 
-    def head_rows(self, embedding: Tensor | None) -> Tensor:
-        """The same of the lm_head."""
-        if self.shape.tied_embeddings:
-            self.checkpoint.ignore(_HEAD)
-            assert embedding is not None
-            return embedding
+    def head(self, embedding: Tensor | None) -> Weight:
+        """The same of the lm_head, which may be quantized."""
         shape = self.shape
-        return self.checkpoint.take(_HEAD, shape.vocab_size, shape.hidden_size, rows=self.part.own_vocab).to(self.device)
+        if not shape.tied_embeddings:
+            return self.weights.read(_HEAD, shape.vocab_size, shape.hidden_size, rows=self.part.own_vocab).to(self.weights.device)
+        self.weights.checkpoint.ignore(f"{_HEAD}.weight")
+        assert embedding is not None
+        return self.weights.tied(_HEAD, embedding)
 
     def finish(self) -> None:
         """ConfigError for tensors that no rank takes. Those of layers that other stages hold are theirs to judge."""
+        checkpoint = self.weights.checkpoint
         for number in range(self.shape.num_layers):
             if number not in self.part.layers:
-                self.checkpoint.ignore(f"model.layers.{number}.")
+                checkpoint.ignore(f"model.layers.{number}.")
         for name in (_EMBEDDING, _FINAL_NORM, _HEAD):
             if not (self.part.embeds and self.part.judges):
-                self.checkpoint.ignore(name)
-        self.checkpoint.finish()
+                checkpoint.ignore(f"{name}.")
+        checkpoint.finish()
 
 
 def _features(heads: range, head_dim: int) -> range:

@@ -12,6 +12,7 @@ from torch import Tensor
 from cluster.config import Config, ConfigError
 from cluster.model import ModelFiles
 from cluster.protocol import ChunkResult, StageTime, StepPlan, StepResult
+from cluster.schemes import parse_recipe
 from kv.pool import HostBlocks, KVPool
 from parallel.handoff import Handoff
 from parallel.membership import ALONE, NO_PEERS, Membership, Peers
@@ -210,7 +211,10 @@ def load_runner(
     terms = {"dtype": str(dtype), "device": device.type, "model": str(shape), "block_size": str(config.block_size)}
     terms["hidden states"] = str(kernels.hidden_dtype(dtype))
     peers = membership.join(device, config.step_timeout_s, terms)
-    decoder = load_decoder(files, part, dtype, device, max_model_len, kernels=kernels, peers=peers.stage, progress=progress)
+    recipe = parse_recipe(config.quantization)
+    decoder = load_decoder(
+        files, part, dtype, device, max_model_len, kernels=kernels, recipe=recipe, peers=peers.stage, progress=progress
+    )
     answers = seat.leader and part.judges
     draft = load_draft(config, shape, max_model_len, device, kernels) if answers else None
     if num_blocks is None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from parallel.linear import Linear, can_pack, fused
+from parallel.linear import Linear, can_pack
 
 CPU = torch.device("cpu")
 SIZES = [(48, 144), (72, 173), (512, 1024), (100, 7), (1, 3)]
@@ -38,17 +38,6 @@ def test_a_packed_row_has_the_same_bits_beside_any_number_of_rows(inputs: int, o
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 13, 16, 17, 31, 33, 64, 65, 128, 200, 256):
         assert torch.equal(linear(x[:rows].contiguous()), whole[:rows])
         assert torch.equal(linear(x[-rows:].contiguous()), whole[-rows:])
-
-
-def test_fused_parts_come_out_side_by_side() -> None:
-    torch.manual_seed(0)
-    parts = [torch.randn(n, 24, dtype=torch.bfloat16) for n in (16, 3, 9)]
-    biases = [torch.randn(n) for n in (16, 3, 9)]
-    x = torch.randn(7, 24)
-    expected = torch.cat([F.linear(x, w.float(), b) for w, b in zip(parts, biases, strict=True)], -1)
-    linear = fused(parts, biases, torch.float32, CPU)
-    assert (linear.in_features, linear.out_features) == (24, 28)
-    torch.testing.assert_close(linear(x), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not can_pack(torch.float32, CPU), reason="no oneDNN here")

@@ -23,7 +23,10 @@ from workers.attention.spans import PagedSpans
 from workers.decoder import DecoderLayer, Norm, TokenBatch
 from workers.native.library import DTYPES, Batch, Dimensions, Layer, Library, PackedLinear, Paged, Threads, address
 from workers.native.picker import NativePicker
+from workers.quantization.activations import Exchange
+from workers.quantization.weight import QuantizedWeight
 from workers.rope import Rope
+from workers.weights import Weight
 
 
 class NativeKernels:
@@ -34,13 +37,13 @@ class NativeKernels:
     def __init__(self, library: Library, threads: int) -> None:
         self.threads = Threads(library, threads)
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Multiply:
+    def linear(self, weight: Weight, bias: Tensor | None, exchange: Exchange | None = None) -> Multiply:
         """See Kernels."""
-        return PackedLinear(weight, bias, self.threads)
+        return PackedLinear(_plain(weight), bias, self.threads)
 
-    def gate_up(self, weight: Tensor, bias: Tensor | None) -> Multiply:
+    def gate_up(self, weight: Weight, bias: Tensor | None, exchange: Exchange | None = None) -> Multiply:
         """See Kernels; the result is for a NativeLayers only."""
-        return PackedLinear(weight, bias, self.threads, paired=True)
+        return PackedLinear(_plain(weight), bias, self.threads, paired=True)
 
     def norm(self, weight: Tensor, eps: float) -> Norm:
         """See Kernels: in fp32."""
@@ -54,9 +57,9 @@ class NativeKernels:
 
         return norm
 
-    def head(self, weight: Tensor, dtype: torch.dtype) -> Multiply:
+    def head(self, weight: Weight, dtype: torch.dtype) -> Multiply:
         """See Kernels: in dtype, which hidden states are rounded to."""
-        return PackedLinear(weight.to(dtype), None, self.threads)
+        return PackedLinear(_plain(weight).to(dtype), None, self.threads)
 
     def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """See Kernels."""
@@ -191,6 +194,10 @@ class NativeLayers:
                 )
             )
         return (Layer * len(places))(*places)
+
+
+def _plain(weight: Weight) -> Tensor:
+    return weight.dequantized() if isinstance(weight, QuantizedWeight) else weight
 
 
 def _norms(layer: DecoderLayer, num_heads: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -57,6 +57,11 @@ class QuantizedWeight:
             grouped = grouped - self.zero_point[:, :, None]
         return (grouped * self.scale[:, :, None]).flatten(1).to(dtype)
 
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        """The same there."""
+        zero = None if self.zero_point is None else self.zero_point.to(device)
+        return QuantizedWeight(self.scheme, self.values.to(device), self.scale.to(device), zero)
+
     def rows(self, own: range) -> "QuantizedWeight":
         """Some outputs."""
         return self._cut(slice(own.start, own.stop), slice(None), slice(None))

@@ -4,6 +4,7 @@ import torch
 
 from cluster.config import Config, ConfigError
 from cluster.model import ModelFiles, open_model
+from cluster.schemes import parse_recipe
 from cluster.shape import ModelShape
 from parallel.partition import partition
 from workers.decoder import Decoder
@@ -18,7 +19,8 @@ def load_draft(config: Config, target: ModelShape, max_model_len: int, device: t
         return None
     files = open_draft(config.draft_model, target)
     dtype = resolve_dtype(config.dtype, files.shape.dtype, device, kernels.cpu_dtypes)
-    return load_decoder(files, partition(files.shape), dtype, device, max_model_len, kernels=kernels)
+    recipe = parse_recipe(config.draft_quantization)
+    return load_decoder(files, partition(files.shape), dtype, device, max_model_len, kernels=kernels, recipe=recipe)
 
 
 def open_draft(name: str, target: ModelShape) -> ModelFiles:

@@ -1,0 +1,35 @@
+"""Dynamic quantization of activations: each token by its own range, in 8 bits, symmetric (as compressed-tensors' dynamic tokens).
+
+int8   s = max |x| / 127.5      q = clamp(round(x / s), -128, 127)
+fp8    s = max |x| / 448        q = x / s in e4m3
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cluster.schemes import Kind
+from workers.quantization.weight import FP8, FP8_LARGEST
+
+Exchange = Callable[[Tensor], Tensor]
+"""[n] fp32, the largest magnitude of each token among this rank's features -> among those of all ranks that share the token."""
+
+
+def quantize_tokens(x: Tensor, kind: Kind, exchange: Exchange | None = None) -> tuple[Tensor, Tensor]:
+    """x [n, features] -> q of the same shape, int8 or fp8, and s [n, 1] fp32."""
+    wide = x.float()
+    largest = wide.abs().amax(-1)
+    if exchange is not None:
+        largest = exchange(largest)
+    scale = largest / (FP8_LARGEST if kind == "float" else 127.5)
+    scale = scale.masked_fill(scale < torch.finfo(torch.float32).tiny, 1.0)[:, None]
+    if kind == "float":
+        return (wide / scale).clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8), scale
+    return (wide / scale).round().clamp(-128, 127).to(torch.int8), scale
+
+
+def requantized(x: Tensor, kind: Kind, exchange: Exchange | None = None) -> Tensor:
+    """What quantizing leaves of x [n, features], in its dtype."""
+    q, scale = quantize_tokens(x, kind, exchange)
+    return (q.float() * scale).to(x.dtype)
