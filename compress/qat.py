@@ -1,0 +1,107 @@
+"""Quantization-aware training: a model learns to live with its rounded weights (Jacob et al. 2018).
+
+In the forward pass each linear's weight is what quantizing and expanding it again gives (and its input too, where activations will
+be quantized); backwards, rounding counts as the identity (straight-through estimator, Bengio et al. 2013). The loss is the KL from
+the full-precision model, so that the text at hand teaches nothing else.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cluster.model import ModelFiles
+from cluster.schemes import Recipe, Scheme
+from compress.distill import against
+from compress.training import Batches, Plan, Trainer
+from workers.quantization.activations import requantized
+from workers.quantization.weight import quantize
+
+
+@dataclass(frozen=True)
+class Tuning(Plan):
+    """How to train: short, and with small steps, from weights that are good already."""
+
+    batch_tokens: int = 4096
+    context: int = 256
+    long_share: float = 0.0
+    warm_up: float = 0.1
+    matrix_rate: float = 2e-3
+    vector_rate: float = 1e-4
+    decay: float = 0.0
+
+
+class FakeQuantize(nn.Module):
+    """A weight [out_features, in_features] as it will be when it is quantized; gradients pass as if nothing were done."""
+
+    def __init__(self, scheme: Scheme) -> None:
+        super().__init__()
+        self.scheme = scheme
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            change = quantize(weight, self.scheme).dequantized() - weight
+        return weight + change
+
+
+def simulate(model: PreTrainedModel, recipe: Recipe) -> int:
+    """Let the linears of `model` that the recipe quantizes compute as if they were, and train all but embeddings; how many there
+    are. Raises ValueError where there are none."""
+    count = 0
+    for name, linear in linears(model):
+        scheme = recipe.of(name)
+        if not isinstance(scheme, Scheme):
+            continue
+        parametrize.register_parametrization(linear, "weight", FakeQuantize(scheme), unsafe=True)
+        if scheme.dynamic:
+            linear.register_forward_pre_hook(_rounding(scheme))
+        count += 1
+    if not count:
+        raise ValueError(f"the recipe '{recipe}' quantizes no linear of the model")
+    return count
+
+
+def linears(model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
+    """By their names in the checkpoint, without an lm_head that is the embedding."""
+    tied = bool(model.config.tie_word_embeddings)
+    found = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    return [(name, part) for name, part in found if not (tied and name == "lm_head")]
+
+
+def train(
+    files: ModelFiles, recipe: Recipe, plan: Tuning, rows: Batches, checkpoint: Path | None = None, *, resume: bool = False
+) -> PreTrainedModel:
+    """A model of plain fp32 weights, tuned so that quantizing them by `recipe` costs little. checkpoint: a file to go on from with
+    `resume`, gone at the end."""
+    torch.manual_seed(plan.seed)
+    teacher = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32).eval()
+    student = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32)
+    if recipe.rules:  # none: the control, which trains as long without rounding
+        simulate(student, recipe)
+    student.get_input_embeddings().requires_grad_(False)
+    trainer = Trainer(plan, rows, student, against(teacher))
+    if resume and checkpoint is not None and checkpoint.exists():
+        trainer.resume(checkpoint)
+    trainer.run(lambda: trainer.save(checkpoint) if checkpoint is not None else None)
+    for _, linear in linears(student):
+        if parametrize.is_parametrized(linear):
+            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+        linear._forward_pre_hooks.clear()
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    trained: PreTrainedModel = student.eval()
+    return trained
+
+
+def _rounding(scheme: Scheme) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
+    def rounded(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        (x,) = inputs
+        with torch.no_grad():
+            change = requantized(x.flatten(0, -2), scheme.kind).view_as(x) - x
+        return x + change
+
+    return rounded
