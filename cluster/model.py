@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import ConfigError
+from cluster.quantization_config import StoredQuantization, parse_quantization
 from cluster.shape import ModelShape, parse_shape
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "demo"
@@ -19,6 +20,8 @@ class ModelFiles:
     path: Path
     shape: ModelShape
     eos_token_ids: tuple[int, ...]
+    quantization: StoredQuantization | None = None
+    """How its linears are stored, where some are quantized."""
 
 
 def open_model(model: str, revision: str | None = None, *, weights: bool = True) -> ModelFiles:
@@ -34,7 +37,8 @@ def open_model(model: str, revision: str | None = None, *, weights: bool = True)
     generation = _read_json(path / "generation_config.json", required=False)
     if weights and not list(path.glob("*.safetensors")):
         raise ConfigError(f"{path} has no *.safetensors file")
-    return ModelFiles(path, parse_shape(config, str(path)), _eos_ids(config, generation))
+    shape, quantization = parse_shape(config, str(path)), parse_quantization(config, str(path))
+    return ModelFiles(path, shape, _eos_ids(config, generation), quantization)
 
 
 def _eos_ids(config: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:

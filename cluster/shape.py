@@ -153,8 +153,6 @@ def _check(shape: ModelShape, config: dict[str, Any], where: str) -> None:
         raise ConfigError(f"{where}: head_dim {shape.head_dim} is odd, but rotary embeddings turn pairs")
     if config.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"{where}: hidden_act {config['hidden_act']} is not supported, only silu")
-    if config.get("quantization_config"):
-        raise ConfigError(f"{where}: quantized checkpoints are not supported")
 
 
 # --- sliding windows -----------------------------------------------------------------------------------------------

@@ -30,23 +30,35 @@ class Checkpoint:
 
         shape: of the whole tensor. Raises ConfigError where it is missing or of another shape.
         """
-        if name not in self._where:
-            raise ConfigError(f"{self.path}: the checkpoint lacks the tensor {name}")
-        whole = self._files[self._where[name]].get_slice(name)  # type: ignore[no-untyped-call]
-        found = tuple(whole.get_shape())
+        tensor = self.take_stored(name, *shape, rows=rows, columns=columns)
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise ConfigError(f"{self.path}: {name} is {str(tensor.dtype)[6:]}, of which config.json says nothing")
+        return tensor
+
+    def take_stored(self, name: str, *shape: int, rows: range | None = None, columns: range | None = None) -> Tensor:
+        """The same of any dtype, and of rows and columns both."""
+        found = self.shape_of(name)
         if found != shape:
             raise ConfigError(f"{self.path}: {name} has shape {list(found)}, but config.json asks for {list(shape)}")
-        tensor: Tensor
-        if columns is not None and len(columns) < shape[1]:
-            tensor = whole[:, columns.start : columns.stop]
-        elif rows is not None and len(rows) < shape[0]:
-            tensor = whole[rows.start : rows.stop]
-        else:
-            tensor = self._files[self._where[name]].get_tensor(name)  # type: ignore[no-untyped-call]
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
-            raise ConfigError(f"{self.path}: {name} is {str(tensor.dtype)[6:]}; quantized checkpoints are not supported")
         self._left.discard(name)
+        return self.peek(name, rows=rows, columns=columns)
+
+    def peek(self, name: str, *, rows: range | None = None, columns: range | None = None) -> Tensor:
+        """A tensor that is there, without saying that it is used."""
+        file, shape = self._files[self._where[name]], self.shape_of(name)
+        cut = tuple(
+            slice(None) if own is None or len(own) == size else slice(own.start, own.stop)
+            for own, size in zip((rows, columns), shape, strict=False)
+        )
+        whole = all(part == slice(None) for part in cut)
+        tensor: Tensor = file.get_tensor(name) if whole else file.get_slice(name)[cut]  # type: ignore[no-untyped-call]
         return tensor
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of a tensor. Raises ConfigError where it is missing."""
+        if name not in self._where:
+            raise ConfigError(f"{self.path}: the checkpoint lacks the tensor {name}")
+        return tuple(self._files[self._where[name]].get_slice(name).get_shape())  # type: ignore[no-untyped-call]
 
     def ignore(self, prefix: str) -> None:
         """Say that tensors whose name begins so, if there are any, aren't needed here."""

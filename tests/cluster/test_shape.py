@@ -111,7 +111,6 @@ def test_llama3_scaling_reaches_as_far_as_it_says() -> None:
         ({"hidden_act": "gelu"}, "hidden_act gelu is not supported"),
         ({"vocab_size": 0}, "a size below 1"),
         ({"max_position_embeddings": 0}, "a size below 1"),
-        ({"quantization_config": {"bits": 4}}, "quantized checkpoints"),
         ({"partial_rotary_factor": 0.5}, "partial rotary"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, "rope scaling 'longrope' is not supported, only linear, llama3"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks 'factor'"),

@@ -71,7 +71,10 @@ def test_a_sharded_checkpoint_is_the_whole_one(tmp_path: Path) -> None:
         ({"model__norm__weight": None}, "lacks the tensor model.norm.weight"),
         ({"model__layers__1__self_attn__k_proj__weight": None}, "lacks the tensor model.layers.1.self_attn.k_proj.weight"),
         ({"model__layers__0__mlp__up_proj__weight": torch.zeros(72, 47)}, r"up_proj.weight has shape \[72, 47\].*\[72, 48\]"),
-        ({"model__layers__0__mlp__up_proj__weight": torch.zeros(72, 48, dtype=torch.int8)}, "up_proj.weight is int8; quantized"),
+        (
+            {"model__layers__0__mlp__up_proj__weight": torch.zeros(72, 48, dtype=torch.int8)},
+            "is int8, of which config.json says",
+        ),
         ({"model__layers__0__self_attn__q_proj__bias": torch.zeros(48)}, "doesn't speak of: model.layers.0.self_attn.q_proj.bias"),
         ({"model__layers__3__input_layernorm__weight": torch.zeros(48)}, "doesn't speak of: model.layers.3"),
         ({"lm_head__weight": None}, "lacks the tensor lm_head.weight"),

@@ -72,6 +72,10 @@ class QuantizedWeight:
             return self
         if self.scale.shape[1] == 1:
             return self._cut(slice(None), slice(own.start, own.stop), slice(None))
+        return self.inside_groups(own)
+
+    def inside_groups(self, own: range) -> "QuantizedWeight":
+        """The same where this is itself a cut, of which one group may be left."""
         size = math.gcd(self.group_size, own.start, own.stop)
         finer = self._finer(self.group_size // size)
         return finer._cut(slice(None), slice(own.start, own.stop), slice(own.start // size, own.stop // size))
