@@ -118,7 +118,7 @@ class TorchKernels:
         return nullcontext()
 
 
-def choose_kernels(config: Config, device: torch.device) -> Kernels:
+def choose_kernels(config: Config, device: torch.device, *, quantized: bool = False) -> Kernels:
     """What `config.kernels` asks for. Raises ConfigError where that cannot be had.
 
     Native kernels take as many threads as torch has in the calling thread.
@@ -133,7 +133,7 @@ def choose_kernels(config: Config, device: torch.device) -> Kernels:
     from workers.native.kernels import NativeKernels
     from workers.native.library import library
 
-    if config.quantization or config.draft_quantization:
+    if quantized or config.quantization or config.draft_quantization:
         return TorchKernels()
     built = library()
     if built is None and asked:

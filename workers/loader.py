@@ -44,7 +44,7 @@ def load_decoder(
     """
     shape = files.shape
     with tqdm(total=len(part.layers) + 2, desc="loading weights", file=sys.stderr, disable=not progress, leave=False) as bar:
-        weights = LinearWeights(Checkpoint(files.path), recipe, dtype, device)
+        weights = LinearWeights(Checkpoint(files.path), files.quantization, recipe, dtype, device)
         loader = _Loader(weights, shape, part, peers, kernels)
         layers = []
         for number in part.layers:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from cluster.config import ConfigError
+from cluster.quantization_config import StoredQuantization
 from cluster.schemes import CASTS, Recipe, Scheme
 from workers.checkpoint import Checkpoint
+from workers.quantization.stored import read_linear
 from workers.quantization.weight import QuantizedWeight, quantize, side_by_side
 
 Weight = Tensor | QuantizedWeight
@@ -30,6 +32,8 @@ class LinearWeights:
     """Reads them from a checkpoint."""
 
     checkpoint: Checkpoint
+    stored: StoredQuantization | None
+    """What is quantized in the checkpoint."""
     recipe: Recipe
     """What is quantized while it is read."""
     dtype: torch.dtype
@@ -40,6 +44,10 @@ class LinearWeights:
         """The linear `name` ("model.layers.0.mlp.up_proj"), or this rank's rows or columns of it. Plain ones may still be in the
         file, in the checkpoint's dtype. Raises ConfigError."""
         precision = self.recipe.of(name)
+        if self.stored is not None and self.stored.of(name) is not None:
+            if precision is not None:
+                raise ConfigError(f"{self.checkpoint.path}: {name} is quantized already, and cannot be {precision} too")
+            return read_linear(self.checkpoint, self.stored, name, outputs, inputs, rows, columns)
         if isinstance(precision, Scheme):
             return self._quantized(name, precision, outputs, inputs, rows, columns)
         weight = self.checkpoint.take(f"{name}.weight", outputs, inputs, rows=rows, columns=columns)
