@@ -17,7 +17,7 @@ from workers.attention import AttentionBackend, make_attention
 from workers.decoder import DecoderLayer, LayerStack, Norm, TorchLayers, rms_norm
 from workers.picker import Picker, TorchPicker
 from workers.quantization.activations import Exchange
-from workers.quantization.linear import TorchQuantizedHead, TorchQuantizedLinear
+from workers.quantization.linear import TorchQuantizedHead, TorchQuantizedLinear, TorchQuantizedPart
 from workers.quantization.weight import QuantizedWeight
 from workers.rope import Rope
 from workers.weights import Weight
@@ -29,7 +29,8 @@ class MakeLinear(Protocol):
     def __call__(self, weight: Weight, bias: Tensor | None, exchange: Exchange | None = None) -> Multiply:
         """weight [out_features, in_features], bias [out_features] or None.
 
-        exchange: with the ranks that have other features of the same tokens, where activations are quantized by the range of all.
+        exchange: with the ranks that have other features of the same tokens, where there are such; then there is no bias, and if
+        activations are quantized, they are by the range of all, and the result is a parallel.linear.Deferred.
         """
 
 
@@ -80,7 +81,9 @@ class TorchKernels:
     def linear(self, weight: Weight, bias: Tensor | None, exchange: Exchange | None = None) -> Multiply:
         """See Kernels."""
         if isinstance(weight, QuantizedWeight):
-            return TorchQuantizedLinear(weight, bias, exchange)
+            if weight.scheme.dynamic and exchange is not None:
+                return TorchQuantizedPart(weight, exchange)
+            return TorchQuantizedLinear(weight, bias)
         return Linear(weight, bias)
 
     gate_up = linear

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cluster.schemes import Scheme, parse_precision
+from workers.quantization.activations import requantized
+from workers.quantization.linear import TorchQuantizedLinear, TorchQuantizedPart
 from workers.quantization.weight import Ranging, quantize, side_by_side
 
 NAMES = ["int8", "int8-asym", "int8-g32", "int8-asym-tensor", "int4-g32", "int4-asym-g64", "int4-tensor", "fp8", "fp8-tensor"]
@@ -95,3 +97,26 @@ def test_parts_stand_side_by_side() -> None:
 def test_groups_must_divide_the_inputs() -> None:
     with pytest.raises(ValueError, match="100 inputs do not divide into groups of 32"):
         quantize(weight(4, 100), scheme("int4-g32"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_parts_of_dynamic_int8_add_up_to_the_same_bits(ranks: int) -> None:
+    x, kept = weight(9, 192, 1) * 3, quantize(weight(40, 192), scheme("int8-dynamic"))
+    largest = x.abs().amax(-1)
+    cuts = [range(i * 192 // ranks, (i + 1) * 192 // ranks) for i in range(ranks)]
+    parts = [TorchQuantizedPart(kept.columns(cut), lambda _: largest) for cut in cuts]
+    sums = [part(x[:, cut.start : cut.stop].contiguous()) for part, cut in zip(parts, cuts, strict=True)]
+    assert torch.equal(parts[0].finish(torch.stack(sums).sum(0)), TorchQuantizedLinear(kept)(x))
+
+
+@given(st.sampled_from(["int8-dynamic", "fp8-dynamic", "int4-g32-dynamic"]), st.integers(0, 2**16))
+def test_dynamic_activations_are_off_by_half_a_step(name: str, seed: int) -> None:
+    x, kept = weight(5, 64, seed) * 2.0 ** (seed % 9 - 4), quantize(weight(16, 64, seed + 1), scheme(name))
+    x[3] = 0.0
+    lost = (requantized(x, kept.scheme.kind) - x).abs()
+    bound = (
+        x.abs() / 16 + x.abs().amax() * 2**-9 if kept.scheme.kind == "float" else x.abs().amax(-1, keepdim=True) / 127.5 * 0.5001
+    )
+    assert (lost <= bound).all()
+    wanted = requantized(x, kept.scheme.kind).double() @ kept.dequantized().double().t()
+    torch.testing.assert_close(TorchQuantizedLinear(kept)(x).double(), wanted, atol=1e-5 * float(x.abs().max()), rtol=1e-4)

@@ -16,20 +16,40 @@ Exchange = Callable[[Tensor], Tensor]
 """[n] fp32, the largest magnitude of each token among this rank's features -> among those of all ranks that share the token."""
 
 
+class Ranges:
+    """An exchange that remembers what came out of it last."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._largest = torch.zeros(0)
+
+    def __call__(self, largest: Tensor) -> Tensor:
+        """See Exchange."""
+        self._largest = self._exchange(largest)
+        return self._largest
+
+    def scale(self, kind: Kind) -> Tensor:
+        """[n, 1] fp32: of the tokens that were quantized last."""
+        return scale_of(self._largest, kind)
+
+
+def scale_of(largest: Tensor, kind: Kind) -> Tensor:
+    """[n] -> [n, 1] fp32; 1 where all is zero."""
+    scale = largest / (FP8_LARGEST if kind == "float" else 127.5)
+    return scale.masked_fill(scale < torch.finfo(torch.float32).tiny, 1.0)[:, None]
+
+
 def quantize_tokens(x: Tensor, kind: Kind, exchange: Exchange | None = None) -> tuple[Tensor, Tensor]:
     """x [n, features] -> q of the same shape, int8 or fp8, and s [n, 1] fp32."""
     wide = x.float()
     largest = wide.abs().amax(-1)
-    if exchange is not None:
-        largest = exchange(largest)
-    scale = largest / (FP8_LARGEST if kind == "float" else 127.5)
-    scale = scale.masked_fill(scale < torch.finfo(torch.float32).tiny, 1.0)[:, None]
+    scale = scale_of(largest if exchange is None else exchange(largest), kind)
     if kind == "float":
         return (wide / scale).clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8), scale
     return (wide / scale).round().clamp(-128, 127).to(torch.int8), scale
 
 
-def requantized(x: Tensor, kind: Kind, exchange: Exchange | None = None) -> Tensor:
+def requantized(x: Tensor, kind: Kind) -> Tensor:
     """What quantizing leaves of x [n, features], in its dtype."""
-    q, scale = quantize_tokens(x, kind, exchange)
+    q, scale = quantize_tokens(x, kind)
     return (q.float() * scale).to(x.dtype)
