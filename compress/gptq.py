@@ -1,0 +1,97 @@
+"""GPTQ (Frantar et al. 2022): weights are rounded one input after the other, and what a rounding loses is made good in the inputs that
+are still to come, as far as they go along with it in the calibration text.
+
+    H = X^T X + damping mean(diag) I      H^-1 = U^T U, U upper triangular
+    e = (w_j - rounded w_j) / U_jj        w_k -= e U_jk for all k > j
+
+with X the linear's inputs. A group's scale and zero-point are chosen when its first input is reached, from the weights as they are by
+then. Inputs are taken in order, so that groups stay runs of inputs.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cluster.schemes import Scheme
+from workers.quantization.weight import FP8, QuantizedWeight, Ranging, parameters, rounded
+
+DAMPING = 0.01
+"""Share of the mean of the diagonal that is added to it."""
+_BLOCK = 128
+"""Inputs after which the weights beyond are brought up to date, in one multiplication (section 3, step 2)."""
+_ATTEMPTS = 6
+
+
+class Hessian:
+    """X^T X of a linear's inputs: half of the second derivatives of its squared output error."""
+
+    def __init__(self, inputs: int) -> None:
+        self.total = torch.zeros(inputs, inputs)
+        """[inputs, inputs] fp32"""
+
+    def add(self, rows: Tensor) -> None:
+        """rows [n, inputs] fp32"""
+        self.total.addmm_(rows.t(), rows)
+
+
+def round_to_nearest(weight: Tensor, scheme: Scheme, ranging: Ranging, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """workers.quantization's quantize(), with scales that scale_dtype holds. weight [outputs, inputs]. Raises ValueError where groups do
+    not divide the inputs."""
+    scale, zero = parameters(weight, scheme, ranging)
+    scale = _held(scale, scale_dtype)
+    return QuantizedWeight(scheme, rounded(weight, scheme, scale, zero), scale, zero)
+
+
+def gptq(
+    weight: Tensor, hessian: Hessian, scheme: Scheme, ranging: Ranging, scale_dtype: torch.dtype, damping: float = DAMPING
+) -> QuantizedWeight:
+    """The same, rounded by GPTQ."""
+    outputs, inputs = weight.shape
+    size = scheme.group_size or inputs
+    if inputs % size:
+        raise ValueError(f"{inputs} inputs do not divide into groups of {size}")
+    upper = inverse_factor(hessian.total, damping)
+    left = weight.float().t().contiguous()  # [inputs, outputs], brought up to date row by row
+    values = torch.empty(inputs, outputs, dtype=FP8 if scheme.kind == "float" else torch.int8)
+    grouped = scheme.granularity == "group"
+    found = [] if grouped else [parameters(weight, scheme, ranging)]
+    # Whole groups, so that a group's weights are up to date when its range is taken.
+    block = size * max(1, _BLOCK // size) if grouped else _BLOCK
+    for begin in range(0, inputs, block):
+        end = min(begin + block, inputs)
+        errors = torch.empty(end - begin, outputs)
+        for j in range(begin, end):
+            if grouped and j % size == 0:
+                found.append(parameters(left[j : j + size].t(), replace(scheme, group_size=size), ranging))
+            scale, zero = _held(found[-1][0], scale_dtype), found[-1][1]
+            column = QuantizedWeight(scheme, rounded(left[j, :, None], scheme, scale, zero), scale, zero)
+            values[j] = column.values[:, 0]
+            errors[j - begin] = (left[j] - column.dequantized()[:, 0]) / upper[j, j]
+            left[j + 1 : end].addr_(upper[j, j + 1 : end], errors[j - begin], alpha=-1)
+        left[end:].addmm_(upper[begin:end, end:].t(), errors, alpha=-1)
+    scale = _held(torch.cat([own for own, _ in found], dim=1), scale_dtype)
+    zeros = [own for _, own in found if own is not None]
+    return QuantizedWeight(scheme, values.t().contiguous(), scale, torch.cat(zeros, dim=1) if zeros else None)
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """U [inputs, inputs] fp32, upper triangular, of the hessian [inputs, inputs] + damping. An input that never was anything but 0
+    goes along with no other. Computed in fp64; damped more where it is singular still."""
+    wide = hessian.double()
+    diagonal = wide.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    mean = float(diagonal.mean())
+    for attempt in range(_ATTEMPTS):
+        diagonal += damping * mean * (1 if attempt == 0 else 9 * 10 ** (attempt - 1))
+        # The Cholesky factor from the other end: H = R R^T with R upper triangular, and U = R^-1.
+        lower, failed = torch.linalg.cholesky_ex(wide.flip(0, 1))
+        if not failed:
+            unit = torch.eye(len(wide), dtype=torch.float64)
+            return torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True).float()
+    raise ValueError("the inputs of a linear in the calibration text are not finite")
+
+
+def _held(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 that dtype holds; none becomes 0."""
+    return scale.to(dtype).float().clamp(min=torch.finfo(dtype).tiny)
