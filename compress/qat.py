@@ -5,21 +5,24 @@ be quantized); backwards, rounding counts as the identity (straight-through esti
 the full-precision model, so that the text at hand teaches nothing else.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.model import ModelFiles
 from cluster.schemes import Recipe, Scheme
-from compress.distill import against
+from compress.distill import against, copy_tokenizer
+from compress.gptq import round_to_nearest
 from compress.training import Batches, Plan, Trainer
+from workers.device import torch_dtype
 from workers.quantization.activations import requantized
-from workers.quantization.weight import quantize
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Tuning(Plan):
     context: int = 256
     long_share: float = 0.0
     warm_up: float = 0.1
-    matrix_rate: float = 2e-3
+    matrix_rate: float = 1e-3
     vector_rate: float = 1e-4
     decay: float = 0.0
 
@@ -38,25 +41,25 @@ class Tuning(Plan):
 class FakeQuantize(nn.Module):
     """A weight [out_features, in_features] as it will be when it is quantized; gradients pass as if nothing were done."""
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: Scheme, scale_dtype: torch.dtype) -> None:
         super().__init__()
-        self.scheme = scheme
+        self.scheme, self.scale_dtype = scheme, scale_dtype
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
-            change = quantize(weight, self.scheme).dequantized() - weight
+            change = round_to_nearest(weight, self.scheme, "minmax", self.scale_dtype).dequantized() - weight
         return weight + change
 
 
-def simulate(model: PreTrainedModel, recipe: Recipe) -> int:
-    """Let the linears of `model` that the recipe quantizes compute as if they were, and train all but embeddings; how many there
-    are. Raises ValueError where there are none."""
+def simulate(model: PreTrainedModel, recipe: Recipe, scale_dtype: torch.dtype) -> int:
+    """Let the linears of `model` that the recipe quantizes compute as if they were; how many there are. Raises ValueError where
+    there are none."""
     count = 0
     for name, linear in linears(model):
         scheme = recipe.of(name)
         if not isinstance(scheme, Scheme):
             continue
-        parametrize.register_parametrization(linear, "weight", FakeQuantize(scheme), unsafe=True)
+        parametrize.register_parametrization(linear, "weight", FakeQuantize(scheme, scale_dtype), unsafe=True)
         if scheme.dynamic:
             linear.register_forward_pre_hook(_rounding(scheme))
         count += 1
@@ -81,7 +84,7 @@ def train(
     teacher = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32).eval()
     student = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32)
     if recipe.rules:  # none: the control, which trains as long without rounding
-        simulate(student, recipe)
+        simulate(student, recipe, torch_dtype(files.shape.dtype))
     student.get_input_embeddings().requires_grad_(False)
     trainer = Trainer(plan, rows, student, against(teacher))
     if resume and checkpoint is not None and checkpoint.exists():
@@ -95,6 +98,23 @@ def train(
         checkpoint.unlink(missing_ok=True)
     trained: PreTrainedModel = student.eval()
     return trained
+
+
+def export(student: PreTrainedModel, files: ModelFiles, folder: Path) -> None:
+    """As a model directory that differs from the original in its weights only: linears in fp32, to be quantized, the rest in its
+    own dtype."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wide = {f"{name}.weight" for name, _ in linears(student)}
+    dtype = torch_dtype(files.shape.dtype)
+    tied = files.shape.tied_embeddings
+    state = {name: x for name, x in student.state_dict().items() if not (tied and name == "lm_head.weight")}
+    save_file(
+        {name: x if name in wide else x.to(dtype) for name, x in state.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    for name in ("config.json", "generation_config.json"):
+        if (files.path / name).exists():
+            shutil.copyfile(files.path / name, folder / name)
+    copy_tokenizer(files.path, folder)
 
 
 def _rounding(scheme: Scheme) -> Callable[[nn.Module, tuple[Tensor]], Tensor]:
