@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import json
 import os
 import secrets
 import sys
@@ -16,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import click
 import yaml
 
-from cluster.config import Config, ConfigError, from_mapping
+from cluster.config import Config, ConfigError, Dtype, from_mapping
 from cluster.haproxy import choose_haproxy
 from cluster.model import DEMO_MODEL, open_model
 from cluster.schemes import parse_recipe
@@ -269,6 +270,72 @@ def distill(target: str, out: Path, text: tuple[Path, ...], held_out: tuple[Path
         click.echo(
             f"{name}: {shares} of the proposed tokens stand, {found['tokens_per_step']:.2f} tokens for each step of the target"
         )
+
+
+_TEXT = click.Path(path_type=Path, exists=True)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--scheme",
+    required=True,
+    help="A precision (int4-g128, int8, fp8, int8-dynamic, bf16 ...), or rules: lm_head: bf16, layers.0-1: int8, rest: int4-g128.",
+)
+@click.option("--text", type=_TEXT, multiple=True, help="Files, or folders of them, for calibration. Default: Python's library.")
+@click.option("--held-out", type=_TEXT, multiple=True, help="To measure on. Default: what calibration leaves of the text.")
+@click.option("--method", type=click.Choice(["rtn", "gptq"]), help="Default: gptq for 4 bits, else round to nearest.")
+@click.option("--range", "ranging", type=click.Choice(["minmax", "percentile", "mse"]), help="Default: mse for 4 bits.")
+@click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True, help="Rows of calibration text.")
+@click.option("--context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a row.")
+@click.option("--max-loss", type=click.FloatRange(min=0), default=0.1, show_default=True, help="Most nats per token from MODEL.")
+@click.option("--measure/--no-measure", default=True, show_default=True, help="Both models are in memory for it.")
+@click.option("--resume", is_flag=True, help="Go on from the last layer that was finished.")
+@click.option("--force", is_flag=True, help="Keep a model that is further from MODEL than --max-loss.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: all cores.")
+def quantize(model: str, out: Path, scheme: str, threads: int | None, **options: Any) -> None:
+    """Write MODEL (a directory or hub id) in fewer bits to OUT, a layer at a time, and measure what is lost."""
+    recipe = parse_recipe(scheme)
+    import torch
+
+    from compress.posttraining import make
+    from compress.quantize import Plan
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    plan = Plan(recipe, options.pop("method"), options.pop("ranging"))
+    try:
+        found = make(open_model(model), plan, out, progress=sys.stderr.isatty(), **options)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+    click.echo(found or f"{out} is written")
+
+
+@cli.command("eval")
+@click.argument("model")
+@click.option("--against", metavar="BASE", help="A model of the same vocabulary, to tell how far MODEL is from it.")
+@click.option("--text", type=_TEXT, multiple=True, help="Files, or folders of them. Default: some of Python's library.")
+@click.option("--context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a row.")
+@click.option("--samples", type=click.IntRange(min=2), default=64, show_default=True, help="Rows.")
+@click.option("--dtype", type=click.Choice(get_args(Dtype)), default="auto", show_default=True, help="To compute in.")
+@click.option("--threads", type=click.IntRange(min=1), help="Default: all cores.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def evaluate(
+    model: str, against: str | None, text: tuple[Path, ...], context: int, samples: int, as_json: bool, **options: Any
+) -> None:
+    """Measure how well MODEL (a directory or hub id) predicts a text, how large it is, and how far from another."""
+    from compress.calibration import held_out_text, rows_of
+    from compress.evaluate import evaluate as measure
+
+    files = open_model(model)
+    try:
+        length = min(options.pop("context"), files.shape.max_position_embeddings)
+        rows = rows_of(files, held_out_text(text), options.pop("samples"), length)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from None
+    found = measure(model, against, rows, progress=sys.stderr.isatty(), **options)
+    click.echo(json.dumps(found.as_dict(), indent=1) if as_json else found)
 
 
 @cli.command()

@@ -1,6 +1,7 @@
 """Text for calibration and measurement, as rows of token ids; and the hidden states of those rows, which go from layer to layer on
 disk."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,11 +52,12 @@ def _spread(count: int) -> list[int]:
 
 
 class HiddenStates:
-    """fp32 [rows, length, hidden] of the input of each layer, in a file that is mapped into memory: the system keeps of it what it has
-    room for. That of the next layer is a second file; the first goes when a layer is finished."""
+    """The input of each layer, fp32 [rows, length, hidden], in a file that is mapped into memory: the system keeps of it what it
+    has room for. That of the next layer is a second file; the first goes when a layer is finished."""
 
-    def __init__(self, folder: Path, rows: int, length: int, hidden: int) -> None:
-        self._folder, self._shape = folder, (rows, length, hidden)
+    def __init__(self, folder: Path, rows: Tensor, hidden: int) -> None:
+        """rows [n, length] ids, hidden: features."""
+        self._folder, self._shape = folder, (*rows.shape, hidden)
 
     def create(self, layer: int) -> Tensor:
         """Room for what goes into a layer."""
@@ -72,8 +74,8 @@ class HiddenStates:
         self._file(layer).unlink(missing_ok=True)
 
     def _mapped(self, layer: int) -> Tensor:
-        rows, length, hidden = self._shape
-        mapped = torch.from_file(str(self._file(layer)), shared=True, size=rows * length * hidden, dtype=torch.float32)
+        size = math.prod(self._shape)
+        mapped = torch.from_file(str(self._file(layer)), shared=True, size=size, dtype=torch.float32)
         return mapped.view(self._shape)
 
     def _file(self, layer: int) -> Path:

@@ -1,11 +1,11 @@
-"""GPTQ (Frantar et al. 2022): weights are rounded one input after the other, and what a rounding loses is made good in the inputs that
-are still to come, as far as they go along with it in the calibration text.
+"""GPTQ (Frantar et al. 2022): weights are rounded one input after the other, and what a rounding loses is made good in the inputs
+that are still to come, as far as they go along with it in the calibration text.
 
     H = X^T X + damping mean(diag) I      H^-1 = U^T U, U upper triangular
     e = (w_j - rounded w_j) / U_jj        w_k -= e U_jk for all k > j
 
-with X the linear's inputs. A group's scale and zero-point are chosen when its first input is reached, from the weights as they are by
-then. Inputs are taken in order, so that groups stay runs of inputs.
+with X the linear's inputs. A group's scale and zero-point are chosen when its first input is reached, from the weights as they are
+by then. Inputs are taken in order, so that groups stay runs of inputs.
 """
 
 from dataclasses import replace
@@ -36,8 +36,8 @@ class Hessian:
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme, ranging: Ranging, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """workers.quantization's quantize(), with scales that scale_dtype holds. weight [outputs, inputs]. Raises ValueError where groups do
-    not divide the inputs."""
+    """workers.quantization's quantize(), with scales that scale_dtype holds. weight [outputs, inputs]. Raises ValueError where
+    groups do not divide the inputs."""
     scale, zero = parameters(weight, scheme, ranging)
     scale = _held(scale, scale_dtype)
     return QuantizedWeight(scheme, rounded(weight, scheme, scale, zero), scale, zero)

@@ -1,7 +1,7 @@
 """A model layer by layer: which linears it has, their weights, and what goes into each while text runs through a layer.
 
-The layer itself is the decoder's own (workers.decoder.TorchLayers), in fp32; attention is over whole rows of equal length, without a
-paged pool.
+The layer itself is the decoder's own (workers.decoder.TorchLayers), in fp32; attention is over whole rows of equal length, without
+a paged pool.
 """
 
 from collections.abc import Callable
@@ -110,6 +110,12 @@ class Weights:
             return None
         return self._linear(HEAD, shape.vocab_size, shape.hidden_size)
 
+    def finish(self) -> None:
+        """Once all was asked for. ConfigError where there are tensors that belong to nothing."""
+        for number in range(self._files.shape.num_layers):  # those that an earlier run has read
+            self._checkpoint.ignore(f"model.layers.{number}.")
+        self._checkpoint.finish()
+
     def _linear(self, name: str, outputs: int, inputs: int) -> Tensor:
         quantization = self._files.quantization
         if quantization is None or quantization.of(name) is None:
@@ -129,8 +135,8 @@ class LayerRun:
         observe: Observe | None = None,
         last: int = len(STAGES),
     ) -> None:
-        """weights: see Weights.layer; of any floating-point dtype, kept in fp32. observe: is told each stage's input. last: the stage
-        that is not computed any more, when its input has been told."""
+        """weights: see Weights.layer; of any floating-point dtype, kept in fp32. observe: is told each stage's input. last: the
+        stage that is not computed any more, when its input has been told."""
         self._shape, self._length = shape, length
         self._wide = {name: tensor.float() for name, tensor in weights.items()}
         self._observe, self._last = observe, last
@@ -201,6 +207,7 @@ class _RowAttention:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See AttentionStep; the batch is all there is."""
-        apart = [x.view(-1, self._length, *x.shape[1:]).transpose(1, 2) for x in (queries, keys, values)]
-        attended = F.scaled_dot_product_attention(*apart, attn_mask=self._seen, is_causal=self._seen is None, enable_gqa=True)
+        queries, keys, values = (x.view(-1, self._length, *x.shape[1:]).transpose(1, 2) for x in (queries, keys, values))
+        causal = self._seen is None
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._seen, is_causal=causal, enable_gqa=True)
         return attended.transpose(1, 2).flatten(2).flatten(0, 1)

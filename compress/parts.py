@@ -1,8 +1,8 @@
 """A model directory that is written bit by bit, and can be gone on with after an interruption.
 
-Beside the directory to come is a folder of its parts: a file of tensors for each layer and one for the rest, each put in place when it
-is whole, and the settings they were made with. The last step puts them together in files of 5 GB, in a folder that is then given its
-name: no half of a model is ever to be seen there.
+Beside the directory to come is a folder of its parts: a file of tensors for each layer and one for the rest, each put in place when
+it is whole, and the settings they were made with. The last step puts them together in files of 5 GB, in a folder that is then given
+its name: no half of a model is ever to be seen there.
 """
 
 import json
@@ -24,8 +24,8 @@ class Parts:
     """What there is so far of the model directory `out`."""
 
     def __init__(self, out: Path, settings: dict[str, Any], *, resume: bool) -> None:
-        """settings: what parts depend on. Raises ConfigError where there is something already that must not be lost, or nothing to go
-        on with."""
+        """settings: what parts depend on. Raises ConfigError where there is something that must not be lost, or that was begun with
+        other settings."""
         self.out, self.folder = out, out.with_name(out.name + ".partial")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out} exists already")
@@ -57,7 +57,7 @@ class Parts:
     def write(self, number: int, tensors: dict[str, Tensor]) -> None:
         """Put a part in place."""
         new = self._part(number).with_suffix(".new")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, {"format": "pt"})
+        _save({name: tensor.contiguous() for name, tensor in tensors.items()}, new)
         new.replace(self._part(number))
 
     def assemble(self, count: int) -> None:
@@ -104,7 +104,12 @@ class Parts:
         for part in dict.fromkeys(part for _, part in tensors):
             with safe_open(part, framework="pt") as file:
                 found |= {tensor: file.get_tensor(tensor) for tensor, own in tensors if own == part}
-        save_file(found, self.model / name, {"format": "pt"})
+        _save(found, self.model / name)
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}.safetensors"
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file(tensors, file, {"format": "pt"})
+    file.chmod(0o644)  # safetensors lets its owner alone read it

@@ -1,15 +1,15 @@
 """Post-training quantization: a model directory in, one of fewer bits out, a layer at a time.
 
-In memory are one layer's weights, in fp32 too, and one matrix of inputs x inputs; hidden states of the calibration text are in files. What
-a layer is given is what the layers before it make of the text when they are quantized already, and the same goes for the linears
-inside a layer, so that each makes up for what was lost before it.
+In memory are one layer's weights, in fp32 too, and a few matrices of inputs x inputs; hidden states of the calibration text are in
+files. What a layer is given is what the layers before it make of the text when they are quantized already, and the same goes for
+the linears inside a layer.
 """
 
 import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cluster.config import ConfigError
 from cluster.model import ModelFiles
 from cluster.schemes import CASTS, Precision, Recipe, Scheme
-from compress.calibration import HiddenStates, rows_of
+from compress.calibration import HiddenStates
 from compress.gptq import Hessian, gptq, round_to_nearest
 from compress.layers import EMBEDDING, FINAL_NORM, HEAD, STAGES, LayerRun, Weights, all_linears
 from compress.parts import Parts
@@ -53,11 +53,8 @@ class Plan:
     recipe: Recipe
     method: Method | None = None
     """Round to nearest, or GPTQ. None: GPTQ where there are 4 bits."""
-    ranging: Ranging = "minmax"
-    samples: int = 128
-    """Rows of calibration text."""
-    context: int = 512
-    """Tokens of a row."""
+    ranging: Ranging | None = None
+    """None: mse where there are 4 bits, else minmax."""
 
     @property
     def cast(self) -> torch.dtype | None:
@@ -67,22 +64,25 @@ class Plan:
                 return torch_dtype(CASTS[name])
         return None
 
+    def ranging_of(self, scheme: Scheme) -> Ranging:
+        """How the ranges of its weights are found."""
+        return self.ranging or ("mse" if scheme.bits == 4 else "minmax")
+
     def uses_gptq(self, precision: Precision | None) -> bool:
         """Whether a linear of this precision needs calibration."""
         return isinstance(precision, Scheme) and (self.method or ("gptq" if precision.bits == 4 else "rtn")) == "gptq"
 
 
-def quantize(
-    files: ModelFiles, plan: Plan, texts: Sequence[str], out: Path, *, resume: bool = False, progress: bool = False
-) -> Parts:
-    """Make the model, which the result's `finish` puts in its place. texts: of calibration. resume: go on from the last layer that
-    was finished. Raises ConfigError."""
+def quantize(files: ModelFiles, plan: Plan, rows: Tensor, out: Path, *, resume: bool = False, progress: bool = False) -> Parts:
+    """Make the model, which the result's `finish` puts in its place.
+
+    rows: [n, length] ids of calibration text. resume: go on from the last layer that was finished. Raises ConfigError.
+    """
     assigned = assign(files, plan)
     calibrated = [number for number, name in _units(files, assigned) if plan.uses_gptq(assigned[name])]
-    length = min(plan.context, files.shape.max_position_embeddings)
-    rows = rows_of(files, texts, plan.samples, length) if calibrated else torch.empty(0, length, dtype=torch.int64)
+    rows = rows if calibrated else torch.empty(0, 1, dtype=torch.int64)
     parts = Parts(out, _settings(files, plan, rows), resume=resume)
-    hidden = HiddenStates(parts.folder, len(rows), length, files.shape.hidden_size)
+    hidden = HiddenStates(parts.folder, rows, files.shape.hidden_size)
     work = _Work(files, plan, assigned, Weights(files), rows, hidden, max(calibrated, default=-1))
     count, done = files.shape.num_layers + 1, parts.finished
     with torch.inference_mode(), tqdm(total=count, initial=done, desc="quantizing", file=sys.stderr, disable=not progress) as bar:
@@ -90,6 +90,7 @@ def quantize(
             parts.write(number, work.layer(number) if number < files.shape.num_layers else work.rest())
             hidden.drop(number)
             bar.update()
+    work.weights.finish()
     parts.assemble(count)
     _write_config(files, plan, assigned, parts.model)
     for name in _COPIED:
@@ -209,9 +210,9 @@ class _Work:
         try:
             if self.plan.uses_gptq(precision):
                 assert hessian is not None
-                made = gptq(weight, hessian, precision, self.plan.ranging, dtype)
+                made = gptq(weight, hessian, precision, self.plan.ranging_of(precision), dtype)
             else:
-                made = round_to_nearest(weight, precision, self.plan.ranging, dtype)
+                made = round_to_nearest(weight, precision, self.plan.ranging_of(precision), dtype)
         except ValueError as error:
             raise ConfigError(f"{name} cannot be {precision}: {error}") from None
         return tensors_of(name, made, dtype), made.dequantized()

@@ -1,0 +1,174 @@
+"""How good a model is on a text, and how far from another one whose vocabulary it shares: perplexity, divergence, agreement, size.
+
+Models run in this project's own runner, in the dtype they would be served in: what is measured is what is served.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from cluster.config import Config, ConfigError, Dtype
+from cluster.model import ModelFiles, open_model
+from cluster.protocol import NewSequence, SamplingParams
+from compress.layers import num_parameters
+from workers.draws import DrawSetup
+from workers.runner import ModelRunner, load_runner
+from workers.sequences import SequenceState, Span
+
+_RESAMPLES = 2000
+_ROWS = 256
+"""Positions whose logits are there at once."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over all tokens, and where it is in 95 % of resamplings of the rows (Efron's bootstrap, percentiles)."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g})"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Of a model on rows of text."""
+
+    tokens: int
+    """That were predicted."""
+    perplexity: Figure
+    bytes: int
+    """Of its tensors' files."""
+    parameters: int
+    """Of the model before it was quantized."""
+    base_perplexity: Figure | None = None
+    divergence: Figure | None = None
+    """KL(base || model) in nats per token."""
+    agreement: Figure | None = None
+    """Share of positions where both find the same token likeliest."""
+
+    @property
+    def gigabytes_per_billion(self) -> float:
+        """GB (10^9 bytes) per 10^9 parameters."""
+        return self.bytes / self.parameters
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"gigabytes_per_billion_parameters": self.gigabytes_per_billion}
+
+    def __str__(self) -> str:
+        lines = [f"perplexity  {self.perplexity}, on {self.tokens} tokens"]
+        if self.base_perplexity is not None:
+            lines[0] += f"; base {self.base_perplexity}"
+            lines.append(f"divergence  {self.divergence} nats per token from the base")
+            lines.append(f"agreement   {self.agreement} of the likeliest tokens are the base's")
+        size = f"{self.bytes / 1e6:.1f} MB, {self.gigabytes_per_billion:.2f} GB per 10^9 parameters"
+        return "\n".join([*lines, f"size        {size}"])
+
+
+def evaluate(
+    model: str, base: str | None, rows: Tensor, *, dtype: Dtype = "auto", threads: int | None = None, progress: bool = False
+) -> Evaluation:
+    """Measure `model` (a directory or hub id), where a base is named against that. rows [n, length] ids. Raises ConfigError where
+    one cannot be loaded, or their vocabularies differ.
+
+    Both are in memory at the same time.
+    """
+    names = [model] if base is None else [model, base]
+    files = [open_model(name) for name in names]
+    if len({one.shape.vocab_size for one in files}) > 1:
+        raise ConfigError(f"the vocabularies of {model} and {base} are of different sizes")
+    if len(rows) < 2 or rows.shape[1] < 2:
+        raise ConfigError(f"{len(rows)} rows of {rows.shape[1]} tokens are too few to measure on")
+    runners = [load_scorer(one, rows.shape[1], dtype, threads) for one in files]
+    found = []
+    for row in tqdm(rows.numpy(), desc="measuring", disable=not progress, leave=False):
+        found.append(_score(runners, row))
+    # [rows, 4]: nats of the model, of the base, of the divergence; positions where they agree. Per token, of length - 1 each.
+    scores = np.array(found) / (rows.shape[1] - 1)
+    of = {name: _figure(scores[:, column]) for column, name in enumerate(("nats", "base", "divergence", "agreement"))}
+    return Evaluation(
+        tokens=len(rows) * (rows.shape[1] - 1),
+        perplexity=_exp(of["nats"]),
+        bytes=size_of(files[0].path),
+        parameters=num_parameters(files[0].shape),
+        base_perplexity=None if base is None else _exp(of["base"]),
+        divergence=None if base is None else of["divergence"],
+        agreement=None if base is None else of["agreement"],
+    )
+
+
+def load_scorer(files: ModelFiles, length: int, dtype: Dtype, threads: int | None) -> ModelRunner:
+    """A runner with room for one row."""
+    config = Config(model=str(files.path), dtype=dtype, max_model_len=length, threads=threads)
+    num_blocks = -(-length // config.block_size) + 1
+    if files.quantization is None:
+        return load_runner(files, config, num_blocks=num_blocks)
+    # INTERIM, until the loader calls read_linear: the weights are written out and read again.
+    import tempfile
+
+    from cluster.schemes import parse_recipe
+    from compress.quantize import Plan, quantize
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "whole"
+        quantize(files, Plan(parse_recipe("fp32")), torch.empty(0, 0), whole).finish()
+        return load_runner(open_model(str(whole)), config, num_blocks=num_blocks)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files of tensors."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@torch.inference_mode()
+def _score(runners: Sequence[ModelRunner], ids: NDArray[np.int64]) -> tuple[float, float, float, int]:
+    """ids [length]. Sums over all positions but the last: nats of the first model and of the last, KL(last || first), agreement."""
+    nats, base_nats, divergence, agreement = 0.0, 0.0, 0.0, 0
+    hidden = [torch.split(_hidden(runner, ids), _ROWS) for runner in runners]
+    for number, targets in enumerate(torch.split(torch.from_numpy(ids[1:, None]), _ROWS)):
+        told = [_log_probs(runner, parts[number]) for runner, parts in zip(runners, hidden, strict=True)]
+        first, last = told[0], told[-1]
+        nats -= float(first.gather(1, targets).sum(dtype=torch.float64))
+        base_nats -= float(last.gather(1, targets).sum(dtype=torch.float64))
+        if len(told) > 1:
+            divergence += float((last.exp() * (last - first)).sum(dtype=torch.float64))
+            agreement += int((first.argmax(1) == last.argmax(1)).sum())
+    return nats, base_nats, divergence, agreement
+
+
+def _hidden(runner: ModelRunner, ids: NDArray[np.int64]) -> Tensor:
+    """[length - 1, hidden]: of all positions but the last."""
+    length = len(ids)
+    blocks = np.arange(1, -(-length // runner.pool.block_size) + 1, dtype=np.int32)  # block 0 is the null block
+    new = NewSequence(choice=0, prompt=[], emitted=[], params=SamplingParams(seed=0, max_tokens=1))
+    state = SequenceState(0, 0, DrawSetup.of(new), length, ids.astype(np.int32), length, blocks, len(blocks))
+    with runner.decoder.kernels.awake():
+        return runner.forward([Span(state, 0, length, sample=False)])[:-1]
+
+
+def _log_probs(runner: ModelRunner, hidden: Tensor) -> Tensor:
+    """[n, vocab] fp32 on the CPU."""
+    with runner.decoder.kernels.awake():
+        return runner.decoder.logits(hidden).log_softmax(-1).cpu()
+
+
+def _figure(means: NDArray[np.float64]) -> Figure:
+    """means [rows], each of as many tokens."""
+    drawn = np.random.default_rng(0).integers(0, len(means), (_RESAMPLES, len(means)))
+    low, high = np.quantile(means[drawn].mean(axis=1), (0.025, 0.975))
+    return Figure(float(means.mean()), float(low), float(high))
+
+
+def _exp(figure: Figure) -> Figure:
+    return Figure(math.exp(figure.value), math.exp(figure.low), math.exp(figure.high))
