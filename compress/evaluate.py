@@ -112,18 +112,7 @@ def load_scorer(files: ModelFiles, length: int, dtype: Dtype, threads: int | Non
     """A runner with room for one row."""
     config = Config(model=str(files.path), dtype=dtype, max_model_len=length, threads=threads)
     num_blocks = -(-length // config.block_size) + 1
-    if files.quantization is None:
-        return load_runner(files, config, num_blocks=num_blocks)
-    # INTERIM, until the loader calls read_linear: the weights are written out and read again.
-    import tempfile
-
-    from cluster.schemes import parse_recipe
-    from compress.quantize import Plan, quantize
-
-    with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "whole"
-        quantize(files, Plan(parse_recipe("fp32")), torch.empty(0, 0), whole).finish()
-        return load_runner(open_model(str(whole)), config, num_blocks=num_blocks)
+    return load_runner(files, config, num_blocks=num_blocks)
 
 
 def size_of(folder: Path) -> int:

@@ -163,17 +163,14 @@ class LayerRun:
             qk_norm = torch.cat((query, wide["self_attn.k_norm.weight"].expand(self._shape.num_kv_heads, -1)))
         norms = wide["input_layernorm.weight"], wide["post_attention_layernorm.weight"]
         qkv, output, gate_up, down = (self._stage(number) for number in range(len(STAGES)))
-        return DecoderLayer(norms[0], qkv, qk_norm, _row_parallel(output), norms[1], gate_up, _row_parallel(down))
+        attended, added = (RowParallel(own, None, SOLO_GROUP) for own in (output, down))
+        return DecoderLayer(norms[0], qkv, qk_norm, attended, norms[1], gate_up, added)
 
     def _stage(self, number: int) -> "_Watched":
         names = STAGES[number]
         biases = [self._wide[f"{name}.bias"] for name in names if f"{name}.bias" in self._wide]
         weight = torch.cat([self._wide[f"{name}.weight"] for name in names])
         return _Watched(weight, torch.cat(biases) if biases else None, number, self._observe, number == self._last)
-
-
-def _row_parallel(own: "_Watched") -> RowParallel:
-    return RowParallel(own.weight, own.bias, SOLO_GROUP, lambda weight, bias: own)
 
 
 class _Stopped(Exception):

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from cluster.model import ModelFiles
 from cluster.schemes import Precision, Recipe, Scheme
 from compress.qat import linears
+from workers.device import torch_dtype
 from workers.quantization.weight import quantize
 
 _PAIRS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -37,6 +39,33 @@ class Unit:
 
     names: tuple[str, ...]
     options: tuple[Option, ...]
+
+
+DEFAULT = ("int8", "int4-g128")
+"""Precisions to choose from, besides the one that is."""
+_WINDOWS, _LENGTH = 16, 256
+
+
+def search(
+    files: ModelFiles,
+    rows: Tensor,
+    precisions: Sequence[Precision],
+    *,
+    target_bytes: int | None = None,
+    most_loss: float | None = None,
+) -> tuple[Recipe, float, float]:
+    """A recipe for at most target_bytes of tensors, or for a loss of at most most_loss, measured on some of `rows` [n, length] of
+    token ids; its bytes in all and the loss to be expected. Raises ValueError where the model cannot be so small."""
+    model = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32).eval()
+    width = torch_dtype(files.shape.dtype).itemsize
+    units = sensitivities(model, rows[:_WINDOWS, :_LENGTH], precisions, 8 * width)
+    chosen = sum(unit.options[0].bytes for unit in units)
+    others = sum(weight.numel() for weight in model.parameters()) * width - chosen  # parameters() has what is tied once
+    least = others + sum(min(option.bytes for option in unit.options) for unit in units)
+    if target_bytes is not None and target_bytes < least:
+        raise ValueError(f"of these precisions the model takes {least / 1e6:.1f} MB at least, not {target_bytes / 1e6:.1f}")
+    recipe, size, loss = assign(units, largest=None if target_bytes is None else target_bytes - others, most_loss=most_loss)
+    return recipe, size + others, loss
 
 
 def sensitivities(model: PreTrainedModel, windows: Tensor, precisions: Sequence[Precision], bits: int) -> list[Unit]:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cluster.model import ModelFiles
+from cluster.model import ModelFiles, open_model
 from cluster.schemes import Recipe, Scheme
-from compress.distill import against, copy_tokenizer
+from compress.distill import Mixture, against, copy_tokenizer
 from compress.gptq import round_to_nearest
 from compress.training import Batches, Plan, Trainer
 from workers.device import torch_dtype
@@ -49,6 +49,17 @@ class FakeQuantize(nn.Module):
         with torch.no_grad():
             change = round_to_nearest(weight, self.scheme, "minmax", self.scale_dtype).dequantized() - weight
         return weight + change
+
+
+def tuned(files: ModelFiles, recipe: Recipe, plan: Tuning, rows: Tensor, folder: Path, *, resume: bool = False) -> ModelFiles:
+    """Train on `rows` [n, length] of token ids and write the model to folder/tuned; what is there already is taken, with `resume`.
+    In memory are the model twice in fp32, gradients and momentum. Raises ValueError."""
+    made = folder / "tuned"
+    if not (resume and (made / "model.safetensors").exists()):
+        folder.mkdir(parents=True, exist_ok=True)
+        text = Mixture(rows.flatten(), torch.empty(0, 1), 0.0)
+        export(train(files, recipe, plan, text, folder / "checkpoint.pt", resume=resume), files, made)
+    return open_model(str(made))
 
 
 def simulate(model: PreTrainedModel, recipe: Recipe, scale_dtype: torch.dtype) -> int:
