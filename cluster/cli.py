@@ -321,9 +321,7 @@ def quantize(model: str, out: Path, scheme: str, threads: int | None, **options:
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), default="auto", show_default=True, help="To compute in.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: all cores.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def evaluate(
-    model: str, against: str | None, text: tuple[Path, ...], context: int, samples: int, as_json: bool, **options: Any
-) -> None:
+def evaluate(model: str, against: str | None, text: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Measure how well MODEL (a directory or hub id) predicts a text, how large it is, and how far from another."""
     from compress.calibration import held_out_text, rows_of
     from compress.evaluate import evaluate as measure

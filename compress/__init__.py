@@ -1,1 +1,1 @@
-"""Training of the small demo model that ships with the project."""
+"""Offline preparation of models: training of the demo, distillation of drafts, quantization, measurement."""

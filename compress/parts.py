@@ -68,7 +68,7 @@ class Parts:
         if len(shards) == 1:
             self._write_shard("model.safetensors", shards[0])
             return
-        where = {}
+        where: dict[str, str] = {}
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._write_shard(name, shard)

@@ -37,8 +37,8 @@ def make(
     """Write the model to `out`, with the figures beside it; None where it is not measured.
 
     text, held_out: files or folders for calibration and measurement. Without held_out rows of `text` are kept for it, without
-    either the bundled sample serves both, in different files. max_loss: a model further from the base is refused, unless `force`. Raises
-    ConfigError; what was made by then can be gone on with by `resume`.
+    either the bundled sample serves both, in different files. max_loss: a model further from the base is refused, unless `force`.
+    Raises ConfigError; what was made by then can be gone on with by `resume`.
     """
     length = min(context, files.shape.max_position_embeddings)
     kept = MEASURED if text and not held_out else 0

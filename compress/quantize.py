@@ -90,7 +90,8 @@ def quantize(files: ModelFiles, plan: Plan, rows: Tensor, out: Path, *, resume: 
             parts.write(number, work.layer(number) if number < files.shape.num_layers else work.rest())
             hidden.drop(number)
             bar.update()
-    work.weights.finish()
+    if done < count:
+        work.weights.finish()
     parts.assemble(count)
     _write_config(files, plan, assigned, parts.model)
     for name in _COPIED:
