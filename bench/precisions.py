@@ -4,10 +4,10 @@
     python -m bench.precisions deploy/demo [--text DIR] [--held-out DIR] [--repetitions 3] [--only int8,int4-g128]
     python -m bench.precisions build/models/M --random
 
-Models are made in --out (build/bench/precisions/NAME) by what `rayline quantize` is made of, unless they are there. Each side is then
-a process of its own; they take turns, and whoever is not asked is stopped. Speeds are output tokens/s of one request and of 16,
-and prompt tokens/s; ratios are medians over repetitions, to our bf16 and to transformers' generate() in fp32, whose linears are
-torch's F.linear. Accuracy is on held-out text, against bf16, of models that were trained: --random leaves it out, and what trains.
+Models are made in --out (build/bench/precisions/NAME) by what `rayline quantize` is made of, unless they are there. Each side is
+then a process of its own; they take turns, and whoever is not asked is stopped. Speeds are output tokens/s of one request and of
+16, and prompt tokens/s; ratios are medians over repetitions, to our bf16 and to transformers' generate() in fp32, whose linears
+are torch's F.linear. Accuracy is on held-out text, against bf16, of models that were trained: --random leaves it out, and training.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,12 +28,12 @@ from bench.peers import Peer
 from bench.report import Cell, Report, command_line
 from bench.workload import Job, Shape, jobs
 from cluster.model import ModelFiles, open_model
-from cluster.schemes import UNCHANGED, Recipe, parse_precision, parse_recipe
+from cluster.schemes import Recipe, parse_precision, parse_recipe
 from compress.calibration import calibration_text, held_out_text, rows_of
 from compress.evaluate import Evaluation, evaluate, size_of
 from compress.layers import num_parameters
 from compress.mixed import DEFAULT, search
-from compress.qat import Tuning, tuned
+from compress.qat import Tuning, control, tune
 from compress.quantize import Method, Plan, quantize
 from workers.quantization.weight import Ranging
 
@@ -50,8 +51,8 @@ class Kind:
     recipe: str
     method: Method = "rtn"
     ranging: Ranging = "minmax"
-    tuned: str | None = None
-    """The recipe that training simulates; empty: none, the control."""
+    training: Literal["", "qat", "control"] = ""
+    """qat: of what calibration made. control: of the model before, without rounding."""
 
 
 KINDS = {
@@ -65,9 +66,9 @@ KINDS = {
     "int4 GPTQ": Kind("int4-g128", "gptq", "mse"),
     "int4 dynamic GPTQ": Kind("int4-g128-dynamic", "gptq", "mse"),
     MIXED: Kind("", "gptq", "mse"),
-    "bf16 tuned (control)": Kind("bf16", tuned=""),
-    "int4 tuned, then rounded": Kind("int4-g128", tuned=""),
-    "int4 QAT": Kind("int4-g128", tuned="int4-g128"),
+    "bf16 fine-tuned (control)": Kind("bf16", training="control"),
+    "int4 fine-tuned, then GPTQ": Kind("int4-g128", "gptq", "mse", "control"),
+    "int4 QAT": Kind("int4-g128", "gptq", "mse", "qat"),
 }
 
 
@@ -95,14 +96,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=Path, nargs="*", default=[])
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="NAME,NAME", help=f"of: {', '.join(KINDS)}")
     parser.add_argument("--random", action="store_true", help="the weights are random: no training, no accuracy")
-    parser.add_argument("--steps", type=options.positive, default=240, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=options.positive, default=300, help="of training (default: %(default)s)")
     parser.add_argument("--share", type=options.factor, default=0.3, help="of bf16's linears for the mixed one, in size")
     parser.add_argument("--repetitions", type=int, default=3, help="0: no speeds (default: %(default)s)")
     parser.add_argument("--threads", type=options.positive, default=2)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     report = Report("precisions", command_line(argv))
-    kinds = {name: kind for name, kind in KINDS.items() if not (arguments.random and kind.tuned is not None)}
+    kinds = {name: kind for name, kind in KINDS.items() if not (arguments.random and kind.training)}
     if arguments.only:
         kinds = {name: kinds[name] for name in [BASE, *(name for name in arguments.only if name != BASE)]}
     files = open_model(arguments.model)
@@ -131,10 +132,28 @@ class Maker:
             made[name] = out = self.folder / re.sub(r"\W+", "-", name).strip("-")
             if not out.exists():
                 print(f"making {out}", flush=True)
-                recipe = self._mixed() if name == MIXED else parse_recipe(kind.recipe)
-                source = self.files if kind.tuned is None else self._tuned(kind.tuned)
-                quantize(source, Plan(recipe, kind.method, kind.ranging), self._rows(_CALIBRATION), out, resume=True).finish()
+                self._make(name, kind, out)
         return made
+
+    def _make(self, name: str, kind: Kind, out: Path) -> None:
+        if kind.training == "qat":
+            calibrated = self.folder / f"{out.name}-begins"
+            if not calibrated.exists():
+                self._make(name, replace(kind, training=""), calibrated)
+            checkpoint = self.folder / f"{out.name}.pt"
+            rows = self._rows(_TUNING_ROWS)
+            tune(self.files, open_model(str(calibrated)), self._tuning(), rows, out, checkpoint=checkpoint, resume=True)
+            return
+        recipe = self._mixed() if name == MIXED else parse_recipe(kind.recipe)
+        source = self._control() if kind.training else self.files
+        quantize(source, Plan(recipe, kind.method, kind.ranging), self._rows(_CALIBRATION), out, resume=True).finish()
+
+    def _tuning(self) -> Tuning:
+        return Tuning(steps=self.arguments.steps)
+
+    def _control(self) -> ModelFiles:
+        out = self.folder / "fine-tuned-fp32"
+        return open_model(str(out)) if out.exists() else control(self.files, self._tuning(), self._rows(_TUNING_ROWS), out)
 
     def _rows(self, count: int) -> Tensor:
         length = min(_LENGTH, self.files.shape.max_position_embeddings)
@@ -147,12 +166,6 @@ class Maker:
         recipe, _, loss = search(self.files, self._rows(16), [parse_precision(p) for p in DEFAULT], target_bytes=int(target))
         print(f"mixed, expected to lose {loss:.4f} nats: {recipe}", flush=True)
         return recipe
-
-    def _tuned(self, recipe: str) -> ModelFiles:
-        plan = replace(Tuning(), minutes=None, steps=self.arguments.steps, compiled=False)
-        wanted = parse_recipe(recipe) if recipe else UNCHANGED
-        folder = self.folder / f"training-{recipe or 'control'}"
-        return tuned(self.files, wanted, plan, self._rows(_TUNING_ROWS), folder, resume=True)
 
 
 def _linear_sizes(files: ModelFiles) -> list[int]:
@@ -184,7 +197,7 @@ def _speeds(report: Report, made: dict[str, Path], files: ModelFiles, arguments:
     try:
         words = ["--threads", str(arguments.threads)]
         for name, path in made.items():
-            if KINDS[name].tuned is None:  # what was trained runs as its precision does
+            if not KINDS[name].training:  # what was trained runs as its precision does
                 sides[name] = Side(Peer(SCRIPT, Path(sys.executable), str(path), *words))
                 sides[name].peer.pause()
         sides[PLAIN] = Side(Peer(SCRIPT, Path(sys.executable), str(made[BASE]), "--plain", "--dtype", "float32", *words))

@@ -1,101 +1,122 @@
 """Quantization-aware training on the demo model, a few steps of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from cluster.model import DEMO_MODEL, open_model
-from cluster.schemes import UNCHANGED, Recipe, Scheme, parse_recipe
-from compress.gptq import round_to_nearest
-from compress.qat import Tuning, export, linears, simulate, train
+from cluster.model import DEMO_MODEL, ModelFiles, open_model
+from cluster.schemes import parse_recipe
+from compress import qat
+from compress.distill import Mixture
+from compress.qat import Tuning, control, linears, load, simulate, tune
+from compress.quantize import Plan, quantize
+from workers.checkpoint import Checkpoint
+from workers.quantization.stored import read_linear
 
-PLAN = Tuning(minutes=None, steps=6, batch_tokens=256, micro_tokens=256, context=64, compiled=False)
-HALF = torch.bfloat16
-
-
-class Text:
-    """Rows of one fixed random text: to be learnt by heart."""
-
-    def __init__(self) -> None:
-        self.ids = torch.randint(0, 4096, (4, 65), generator=torch.Generator().manual_seed(0))
-
-    def batch(self, first: int, rows: int, length: int) -> Tensor:
-        return self.ids[[(first + row) % 4 for row in range(rows)], :length]
+PLAN = Tuning(steps=6, batch_tokens=256, micro_tokens=256, context=64)
+ROWS = torch.randint(0, 4096, (4, 65), generator=torch.Generator().manual_seed(0))
+"""One fixed random text: to be learnt by heart."""
+DEMO = open_model(str(DEMO_MODEL))
 
 
-def demo() -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
-    return model.eval()
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    """Rounded with ranges that are not those of the largest weights."""
+    out = tmp_path_factory.mktemp("qat") / "int4"
+    quantize(DEMO, Plan(parse_recipe("layers.3: int8-asym, rest: int4-g64"), "rtn", "mse"), ROWS[:0], out).finish()
+    return open_model(str(out))
 
 
-def rounded(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+def expanded(files: ModelFiles) -> PreTrainedModel:
+    """transformers' model with the weights that the files have."""
+    model, checkpoint = load(DEMO).eval(), Checkpoint(files.path)
     for name, linear in linears(model):
-        scheme = recipe.of(name)
-        if isinstance(scheme, Scheme):
-            linear.weight.data = round_to_nearest(linear.weight.data, scheme, "minmax", HALF).dequantized()
+        assert files.quantization is not None
+        shape = linear.out_features, linear.in_features
+        linear.weight.data = read_linear(checkpoint, files.quantization, name, *shape).dequantized()
     return model
 
 
 @torch.inference_mode()
 def told(model: PreTrainedModel) -> Tensor:
-    logits: Tensor = model(input_ids=Text().ids[:, :64], use_cache=False).logits
+    logits: Tensor = model(input_ids=ROWS[:, :64], use_cache=False).logits
     return logits.log_softmax(-1)
 
 
 def kl(model: PreTrainedModel) -> float:
-    return float(nn.functional.kl_div(told(model), told(demo()), log_target=True, reduction="none").sum(-1).mean())
+    wanted = told(load(DEMO).eval())
+    return float(nn.functional.kl_div(told(model), wanted, log_target=True, reduction="none").sum(-1).mean())
 
 
-@pytest.mark.parametrize("scheme", ["int4-g64", "int4-g64-dynamic"])
-def test_what_is_simulated_is_what_comes_out(scheme: str) -> None:
-    recipe = parse_recipe(scheme)
-    simulated, plain = demo(), rounded(demo(), recipe)
-    assert simulate(simulated, recipe, HALF) == 28
-    if "dynamic" not in scheme:
-        torch.testing.assert_close(told(simulated), told(plain), atol=1e-4, rtol=0)
-    else:
-        assert (told(simulated) - told(plain)).abs().max() > 1e-3, "activations are rounded too"
+def test_it_begins_as_what_calibration_made(calibrated: ModelFiles) -> None:
+    student, before = load(DEMO).eval(), load(DEMO).state_dict()
+    simulate(student, calibrated)
+    assert torch.equal(told(student), told(expanded(calibrated)))
+    trained = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
+    assert trained.keys() == {f"{name}.{qat.ORIGINAL}" for name, _ in linears(student)}
+    for name, weight in trained.items():
+        moved = weight != before[name.replace(qat.ORIGINAL, "weight")]
+        assert moved.float().mean() < 0.1, "most weights are where they were"
 
 
-def test_training_takes_back_some_of_what_rounding_loses(tmp_path: Path) -> None:
-    recipe, files = parse_recipe("int4-g64"), open_model(str(DEMO_MODEL))
-    tuned = train(files, recipe, PLAN, Text())
-    export(tuned, files, tmp_path / "tuned")
-    assert kl(rounded(tuned, recipe)) < 0.8 * kl(rounded(demo(), recipe))
-    written, before = load_file(tmp_path / "tuned" / "model.safetensors"), load_file(DEMO_MODEL / "model.safetensors")
+def test_training_takes_back_some_of_what_rounding_lost(calibrated: ModelFiles, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    tune(DEMO, calibrated, PLAN, ROWS, out, checkpoint=tmp_path / "checkpoint.pt")
+    tuned = open_model(str(out))
+    assert tuned.quantization == calibrated.quantization
+    assert kl(expanded(tuned)) < 0.8 * kl(expanded(calibrated))
+    written, before = load_file(out / "model.safetensors"), load_file(calibrated.path / "model.safetensors")
     assert written.keys() == before.keys()
-    assert torch.equal(written["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
-    assert {str(x.dtype) for name, x in written.items() if name.endswith("_proj.weight")} == {"torch.float32"}
-    assert open_model(str(tmp_path / "tuned")).shape == files.shape
-
-
-def test_the_control_hardly_moves() -> None:
-    assert kl(train(open_model(str(DEMO_MODEL)), UNCHANGED, PLAN, Text())) < 1e-3
-
-
-def test_a_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    recipe, files = parse_recipe("int4-g64"), open_model(str(DEMO_MODEL))
-    whole = train(files, recipe, PLAN, Text())
-
-    class Interrupted(Text):
-        def batch(self, first: int, rows: int, length: int) -> Tensor:
-            if first >= 3 * 4:
-                raise KeyboardInterrupt
-            return super().batch(first, rows, length)
-
-    often = Tuning(**{**vars(PLAN), "save_minutes": 0.0})
-    with pytest.raises(KeyboardInterrupt):
-        train(files, recipe, often, Interrupted(), tmp_path / "checkpoint.pt")
-    resumed = train(files, recipe, often, Text(), tmp_path / "checkpoint.pt", resume=True)
-    for (name, one), (_, other) in zip(linears(whole), linears(resumed), strict=True):
-        assert torch.equal(one.weight, other.weight), name
+    changed = {name for name, x in written.items() if not torch.equal(x, before[name])}
+    assert changed == {name for name in before if name.endswith((".weight_packed", "3.mlp.down_proj.weight"))} | {
+        name for name in before if name.startswith("model.layers.3.") and name.endswith("_proj.weight")
+    }
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-def test_a_recipe_without_linears_is_refused() -> None:
-    with pytest.raises(ValueError, match="quantizes no linear"):
-        simulate(demo(), parse_recipe("lm_head: int8"), HALF)
+def test_dynamic_activations_are_rounded_too(tmp_path: Path) -> None:
+    found = []
+    for scheme in ("int4-g64", "int4-g64-dynamic"):
+        quantize(DEMO, Plan(parse_recipe(scheme), "rtn", "minmax"), ROWS[:0], tmp_path / scheme).finish()
+        student = load(DEMO).eval()
+        simulate(student, open_model(str(tmp_path / scheme)))
+        found.append(told(student))
+    assert 1e-3 < (found[0] - found[1]).abs().max() < 2
+
+
+def test_the_control_hardly_moves(tmp_path: Path) -> None:
+    made = control(DEMO, PLAN, ROWS, tmp_path / "control")
+    assert made.shape == DEMO.shape
+    model = load(made).eval()
+    assert 0 < kl(model) < 1e-3
+    assert torch.equal(model.get_input_embeddings().weight, load(DEMO).get_input_embeddings().weight)
+
+
+def test_a_run_goes_on_where_it_stopped(calibrated: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune(DEMO, calibrated, PLAN, ROWS, tmp_path / "whole", checkpoint=tmp_path / "other.pt")
+    often, taken = replace(PLAN, save_minutes=0.0), Mixture.batch
+
+    def interrupted(self: Mixture, first: int, rows: int, length: int) -> Tensor:
+        if first >= 12:
+            raise KeyboardInterrupt
+        return taken(self, first, rows, length)
+
+    monkeypatch.setattr(Mixture, "batch", interrupted)
+    again = {"checkpoint": tmp_path / "checkpoint.pt", "resume": True}
+    with pytest.raises(KeyboardInterrupt):
+        tune(DEMO, calibrated, often, ROWS, tmp_path / "resumed", **again)  # type: ignore[arg-type]
+    assert not (tmp_path / "resumed").exists()
+    monkeypatch.setattr(Mixture, "batch", taken)
+    tune(DEMO, calibrated, often, ROWS, tmp_path / "resumed", **again)  # type: ignore[arg-type]
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(x, resumed[name]) for name, x in whole.items())
+
+
+def test_a_model_without_quantized_linears_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing is quantized"):
+        simulate(load(DEMO), DEMO)
