@@ -121,7 +121,7 @@ class TorchKernels:
         return nullcontext()
 
 
-def choose_kernels(config: Config, device: torch.device, *, quantized: bool = False) -> Kernels:
+def choose_kernels(config: Config, device: torch.device) -> Kernels:
     """What `config.kernels` asks for. Raises ConfigError where that cannot be had.
 
     Native kernels take as many threads as torch has in the calling thread.
@@ -136,8 +136,6 @@ def choose_kernels(config: Config, device: torch.device, *, quantized: bool = Fa
     from workers.native.kernels import NativeKernels
     from workers.native.library import library
 
-    if quantized or config.quantization or config.draft_quantization:
-        return TorchKernels()
     built = library()
     if built is None and asked:
         raise ConfigError("native kernels cannot be built here (the log says why); --kernels torch needs no compiler")

@@ -205,7 +205,7 @@ def load_runner(
     shape, seat = files.shape, membership.seat
     part = partition(shape, seat, config.stage_layers)
     device = resolve_device(config.device)
-    kernels = choose_kernels(config, device, quantized=files.quantization is not None)
+    kernels = choose_kernels(config, device)
     dtype = resolve_dtype(config.dtype, shape.dtype, device, kernels.cpu_dtypes)
     max_model_len = resolve_max_model_len(config, shape)
     terms = {"dtype": str(dtype), "device": device.type, "model": str(shape), "block_size": str(config.block_size)}

@@ -1,4 +1,4 @@
-"""Models shared by the tests of this folder."""
+"""What the tests of this folder share: models, native kernels."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.workers.builds import built_for
 from tests.workers.models import KINDS, TinyModel, make_model
+from workers.native.library import Library
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,3 +25,11 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TinyModel
     """One model of each kind."""
     root: Path = tmp_path_factory.mktemp("models")
     return {kind: make_model(root / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module", params=["avx512-bf16", "avx512", "avx2", "portable"])
+def library(request: pytest.FixtureRequest) -> Library:
+    """Kernels for all kinds of CPUs."""
+    made = built_for(request.param)
+    assert made.instructions == request.param
+    return made

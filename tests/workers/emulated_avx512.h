@@ -1,6 +1,6 @@
 // AVX-512 for a CPU that has none: the few instructions that the native kernels name, in plain C++. Included before them, it has the
 // AVX-512 paths compiled and tested anywhere. With -DEMULATE_BF16 the product of bf16 pairs too, as the instruction rounds it (second
-// element of a pair first; that denormals count as 0 there is left out).
+// element of a pair first; that denormals count as 0 there is left out), and that of bytes (VNNI), which such CPUs have as well.
 #pragma once
 #include <immintrin.h>
 
@@ -14,6 +14,7 @@
 #define __AVX512VL__ 1
 #ifdef EMULATE_BF16
 #define __AVX512BF16__ 1
+#define __AVX512VNNI__ 1
 #endif
 
 namespace emulated {
@@ -82,6 +83,46 @@ inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
     return (__m512)r;
 }
 
+template <class T>
+struct Elements {
+    T at[64 / sizeof(T)];
+    explicit Elements(__m512i v) { memcpy(at, &v, 64); }
+    __m512i vector() const { return load(at); }
+};
+
+inline __m512i madd(__m512i a, __m512i b) {
+    Elements<int32_t> r(a);
+    const Elements<int16_t> x(a), y(b);
+    for (int i = 0; i < 16; i++) r.at[i] = x.at[2 * i] * y.at[2 * i] + x.at[2 * i + 1] * y.at[2 * i + 1];
+    return r.vector();
+}
+
+inline __m512i maddubs(__m512i a, __m512i b) {
+    Elements<int16_t> r(a);
+    const Elements<uint8_t> x(a);
+    const Elements<int8_t> y(b);
+    for (int i = 0; i < 32; i++) {
+        const int sum = x.at[2 * i] * y.at[2 * i] + x.at[2 * i + 1] * y.at[2 * i + 1];
+        r.at[i] = sum > 32767 ? 32767 : sum < -32768 ? -32768 : sum;
+    }
+    return r.vector();
+}
+
+inline __m512i add16(__m512i a, __m512i b) {
+    Elements<int16_t> r(a);
+    const Elements<int16_t> y(b);
+    for (int i = 0; i < 32; i++) r.at[i] = (int16_t)(r.at[i] + y.at[i]);
+    return r.vector();
+}
+
+inline __m512i dpbusd(__m512i sum, __m512i a, __m512i b) {
+    Elements<int32_t> r(sum);
+    const Elements<uint8_t> x(a);
+    const Elements<int8_t> y(b);
+    for (int i = 0; i < 64; i++) r.at[i / 4] += x.at[i] * y.at[i];
+    return r.vector();
+}
+
 }  // namespace emulated
 
 #define _mm512_fmadd_ps emulated::fmadd
@@ -95,3 +136,7 @@ inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
 #define _mm512_loadu_si512 emulated::load
 #define _mm512_set1_epi32 emulated::all
 #define _mm512_dpbf16_ps(sum, a, b) emulated::dot(sum, (__m512i)(a), (__m512i)(b))
+#define _mm512_madd_epi16 emulated::madd
+#define _mm512_maddubs_epi16 emulated::maddubs
+#define _mm512_add_epi16 emulated::add16
+#define _mm512_dpbusd_epi32 emulated::dpbusd

@@ -23,24 +23,44 @@ static W weight(float x) {
 }
 
 template <class W>
-static Packed* random_linear(int64_t outputs, int64_t inputs, bool paired, Threads& threads) {
+static Packed* random_floats(const float* bias, int64_t outputs, int64_t inputs, bool paired, Threads& threads) {
     Exact<W> weights(outputs * inputs);
-    Exact<float> bias(outputs);
     for (int64_t i = 0; i < outputs * inputs; i++) weights.at[i] = weight<W>(real() * 0.2f);
-    for (int64_t i = 0; i < outputs; i++) bias.at[i] = real();
-    return pack(weights.at, between(0, 1) ? bias.at : nullptr, outputs, inputs, paired, threads);
+    return pack(weights.at, bias, outputs, inputs, paired, threads);
+}
+
+// Weights of any kind: a model's linears may differ.
+static Packed* random_linear(int64_t outputs, int64_t inputs, bool paired, Threads& threads) {
+    Exact<float> some_bias(outputs);
+    for (int64_t i = 0; i < outputs; i++) some_bias.at[i] = real();
+    const float* bias = between(0, 1) ? some_bias.at : nullptr;
+    const Kind kind = Kind(between(0, 4));
+    if (kind == Kind::fp32) return random_floats<float>(bias, outputs, inputs, paired, threads);
+    if (kind == Kind::bf16) return random_floats<bf16>(bias, outputs, inputs, paired, threads);
+    const int64_t groups = inputs % 8 || between(0, 1) ? 1 : inputs / 8;
+    Exact<uint8_t> values(outputs * inputs);
+    Exact<float> scale(outputs * groups);
+    Exact<int8_t> zero(outputs * groups);
+    const int range = kind == Kind::int4 ? 8 : kind == Kind::int8 ? 128 : 0x7e;  // 0x7f of fp8 is no number
+    for (int64_t i = 0; i < outputs * inputs; i++) values.at[i] = kind == Kind::fp8 ? between(0, range) | between(0, 1) << 7 : between(-range, range - 1);
+    for (int64_t i = 0; i < outputs * groups; i++) {
+        scale.at[i] = 0.3f / (kind == Kind::fp8 ? 448 : range);
+        zero.at[i] = kind == Kind::fp8 ? 0 : between(-range, range - 1);
+    }
+    const int8_t* some_zero = kind != Kind::fp8 && between(0, 1) ? zero.at : nullptr;
+    return pack(kind, Quantized{values.at, scale.at, some_zero, groups}, between(0, 1), bias, outputs, inputs, paired, threads);
 }
 
 template <class W>
 static void run(int threads_count) {
     Threads threads(threads_count);
-    const int64_t kv_heads = between(1, 3), heads = kv_heads * between(1, 4), size = 2 * between(1, 20), inner = between(1, 60);
-    const int64_t hidden = between(1, 70), block = between(1, 20), blocks = 60;
+    const int64_t kv_heads = between(1, 3), heads = kv_heads * between(1, 4), size = 2 * between(1, 20), inner = between(0, 1) ? between(1, 60) : 8 * between(1, 7);
+    const int64_t hidden = between(0, 1) ? between(1, 70) : 8 * between(1, 8), block = between(1, 20), blocks = 60;
     const Dimensions dimensions{hidden, heads, kv_heads, size, inner, 1e-5f};
-    std::unique_ptr<Packed> qkv(random_linear<W>((heads + 2 * kv_heads) * size, hidden, false, threads));
-    std::unique_ptr<Packed> output(random_linear<W>(hidden, heads * size, false, threads));
-    std::unique_ptr<Packed> gate_up(random_linear<W>(2 * inner, hidden, true, threads));
-    std::unique_ptr<Packed> down(random_linear<W>(hidden, inner, false, threads));
+    std::unique_ptr<Packed> qkv(random_linear((heads + 2 * kv_heads) * size, hidden, false, threads));
+    std::unique_ptr<Packed> output(random_linear(hidden, heads * size, false, threads));
+    std::unique_ptr<Packed> gate_up(random_linear(2 * inner, hidden, true, threads));
+    std::unique_ptr<Packed> down(random_linear(hidden, inner, false, threads));
     Exact<float> norm(hidden), head_norm(size);
     for (int64_t i = 0; i < hidden; i++) norm.at[i] = 1.0f;
     for (int64_t i = 0; i < size; i++) head_norm.at[i] = 1.0f;

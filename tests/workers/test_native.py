@@ -1,7 +1,5 @@
 """The native kernels: linears against float64, rows against themselves, instruction sets, sanitizers, and what happens without."""
 
-import hashlib
-import platform
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from hypothesis import strategies as st
 from cluster.config import Config, ConfigError
 from cluster.protocol import NewSequence
 from kv.pool import KVPool
+from tests.workers.builds import built_for
 from tests.workers.driver import LENGTHS, MIXED, generate
 from tests.workers.models import TinyModel, prompt
 from tests.workers.spans import make_span
@@ -28,38 +27,6 @@ from workers.native.kernels import NativeAttention, NativeKernels
 from workers.native.library import Library, PackedLinear, Threads
 
 CPU = torch.device("cpu")
-X86 = platform.machine() == "x86_64"
-
-
-EMULATION = Path(__file__).parent / "emulated_avx512.h"
-
-
-def built_for(instructions: str) -> Library:
-    """Kernels for other instructions than this CPU's, as far as it runs them; AVX-512 is emulated."""
-    own = Library()
-    if own.instructions == instructions:
-        return own
-    if not X86 or (instructions != "portable" and own.instructions == "portable"):
-        pytest.skip("not for this CPU")
-    if instructions in ("portable", "avx2"):
-        return Library(("-march=x86-64" if instructions == "portable" else "-march=x86-64-v3",))
-    version = hashlib.sha256(EMULATION.read_bytes()).hexdigest()[:8]
-    extra = [
-        "-O1",
-        "-include",
-        str(EMULATION),
-        f"-DEMULATION=0x{version}",
-        *(["-DEMULATE_BF16"] if instructions == "avx512-bf16" else []),
-    ]
-    return Library(("-march=x86-64-v3",), extra)
-
-
-@pytest.fixture(scope="module", params=["avx512-bf16", "avx512", "avx2", "portable"])
-def library(request: pytest.FixtureRequest) -> Library:
-    """Kernels for all kinds of CPUs."""
-    made = built_for(request.param)
-    assert made.instructions == request.param
-    return made
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from cluster.protocol import SamplingParams
 from tests.workers.spans import make_span
-from tests.workers.test_native import library
 from tests.workers.test_sampler import CPU, VOCAB, brute_force, cases, random_case
 from workers.filters import thresholds
 from workers.native.library import Library, Threads
@@ -18,7 +17,7 @@ from workers.picker import TorchPicker
 from workers.sampler import Sampler
 from workers.sequences import Span
 
-__all__ = ["cases", "library"]
+__all__ = ["cases"]
 
 
 def drawn(sampler: Sampler, logits: torch.Tensor, spans: list[Span]) -> list[int]:

@@ -116,7 +116,7 @@ def answers(path: Path, count: int = 30, **settings: Any) -> list[Completion]:
 GRIDS = [{"tp": 2}, {"tp": 4}, {"pp": 2}, {"tp": 2, "pp": 2}]
 
 
-ENGINES = ["int8", "int4-asym-g8", "lm_head: int8, layers.1: int8-tensor, rest: int8-asym"]
+ENGINES = ["int8", "int4-asym-g8", "int8-dynamic", "lm_head: int8, layers.1: int8-tensor, rest: int8-asym"]
 
 
 @pytest.mark.parametrize("recipe", ENGINES)

@@ -21,7 +21,20 @@ from parallel.linear import Multiply
 from parallel.partition import Partition
 from workers.attention.spans import PagedSpans
 from workers.decoder import DecoderLayer, Norm, TokenBatch
-from workers.native.library import DTYPES, Batch, Dimensions, Layer, Library, PackedLinear, Paged, Threads, address
+from workers.native.library import (
+    DTYPES,
+    Batch,
+    Dimensions,
+    Layer,
+    Library,
+    Packed,
+    PackedLinear,
+    PackedQuantized,
+    PackedQuantizedPart,
+    Paged,
+    Threads,
+    address,
+)
 from workers.native.picker import NativePicker
 from workers.quantization.activations import Exchange
 from workers.quantization.weight import QuantizedWeight
@@ -39,11 +52,18 @@ class NativeKernels:
 
     def linear(self, weight: Weight, bias: Tensor | None, exchange: Exchange | None = None) -> Multiply:
         """See Kernels."""
-        return PackedLinear(_plain(weight), bias, self.threads)
+        if isinstance(weight, QuantizedWeight) and weight.scheme.dynamic and exchange is not None:
+            return PackedQuantizedPart(weight, self.threads, exchange)
+        return self._packed(weight, bias)
 
     def gate_up(self, weight: Weight, bias: Tensor | None, exchange: Exchange | None = None) -> Multiply:
         """See Kernels; the result is for a NativeLayers only."""
-        return PackedLinear(_plain(weight), bias, self.threads, paired=True)
+        return self._packed(weight, bias, paired=True)
+
+    def _packed(self, weight: Weight, bias: Tensor | None, *, paired: bool = False) -> Packed:
+        if isinstance(weight, QuantizedWeight):
+            return PackedQuantized(weight, bias, self.threads, paired=paired)
+        return PackedLinear(weight, bias, self.threads, paired=paired)
 
     def norm(self, weight: Tensor, eps: float) -> Norm:
         """See Kernels: in fp32."""
@@ -58,8 +78,8 @@ class NativeKernels:
         return norm
 
     def head(self, weight: Weight, dtype: torch.dtype) -> Multiply:
-        """See Kernels: in dtype, which hidden states are rounded to."""
-        return PackedLinear(_plain(weight).to(dtype), None, self.threads)
+        """See Kernels: in dtype, which hidden states are rounded to; for a quantized weight they stay fp32."""
+        return self._packed(weight if isinstance(weight, QuantizedWeight) else weight.to(dtype), None)
 
     def hidden_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """See Kernels."""
@@ -187,17 +207,13 @@ class NativeLayers:
             places.append(
                 Layer(
                     *map(address, norms),
-                    *(cast(PackedLinear, linear).handle for linear in linears),
+                    *(cast(Packed, linear).handle for linear in linears),
                     pool.keys[number].data_ptr(),
                     pool.values[number].data_ptr(),
                     self._windows[number] or 0,
                 )
             )
         return (Layer * len(places))(*places)
-
-
-def _plain(weight: Weight) -> Tensor:
-    return weight.dequantized() if isinstance(weight, QuantizedWeight) else weight
 
 
 def _norms(layer: DecoderLayer, num_heads: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -10,7 +10,8 @@ import logging
 import threading
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_float, c_int, c_int64, c_void_p
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -19,12 +20,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.native.build import OWN_CPU, BuildError, build
+from workers.quantization.activations import Exchange, Ranges, scaled
+from workers.quantization.weight import FP8, QuantizedWeight
 
 log = logging.getLogger(__name__)
 _building = threading.Lock()
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Of weights and KV."""
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2, "int4": 3, "fp8": 4}
+"""Of weights: Kind in packed.h."""
+_UNIT = 8
+"""Inputs that quantized weights are packed by."""
+_MOST_INPUTS = 65_536
+"""Of quantized weights: what the 32 bits of a sum of products have room for."""
 
 
 class Dimensions(Structure):
@@ -89,13 +98,20 @@ class Batch(Structure):
     ]
 
 
+_EXCHANGE = CFUNCTYPE(None, POINTER(c_float), c_int64)
+"""Exchange in packed.h."""
+
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "instructions": (c_char_p, []),
     "threads": (c_void_p, [c_int]),
     "threads_free": (None, [c_void_p]),
     "begin": (None, [c_void_p]),
     "end": (None, [c_void_p]),
-    "pack": (c_void_p, [c_void_p, c_void_p, c_int64, c_int64, c_int, c_int, c_void_p]),
+    "pack": (
+        c_void_p,
+        [c_void_p, c_int, c_void_p, c_void_p, c_int64, c_int, c_void_p, c_int64, c_int64, c_int, c_void_p],
+    ),
+    "pack_exchange": (None, [c_void_p, _EXCHANGE]),
     "pack_free": (None, [c_void_p]),
     "linear": (c_int, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
     "norm": (None, [c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p]),
@@ -182,31 +198,96 @@ class Threads:
         self._one_caller.release()
 
 
-class PackedLinear:
-    """y = x Wᵀ + b by the native kernel (packed.h), each row the same bits whatever the number of rows."""
+class Packed:
+    """y = x Wᵀ + b by a native kernel, each row the same bits whatever the number of rows."""
+
+    handle: int
+    out_features: int
+    in_features: int
+
+    def __init__(self, threads: Threads) -> None:
+        self._threads = threads
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[n, in_features] -> [n, out_features] fp32."""
+        x = x.float().contiguous()
+        y = torch.empty(len(x), self.out_features)
+        with self._threads as threads:
+            threads.library.run("linear", self.handle, x.data_ptr(), len(x), y.data_ptr(), threads.handle)
+        return y
+
+
+class PackedLinear(Packed):
+    """Weights in fp32 or bf16 (packed.h); called alone, x is rounded to the weight's dtype."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, threads: Threads, *, paired: bool = False) -> None:
         """weight [out_features, in_features] fp32 or bf16, on the CPU; no reference to it is kept. bias [out_features] or None.
 
         paired: the output's halves, of equal size, are gate and up, whose product the decoder's layers take at once.
         """
+        super().__init__(threads)
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
-        self._threads = threads
         weight = weight.contiguous()
         wide = None if bias is None else bias.float().contiguous()
-        half = weight.dtype == torch.bfloat16
-        sizes = (self.out_features, self.in_features, half, paired, threads.handle)
+        what = (weight.data_ptr(), _KINDS[weight.dtype], None, None, 0, False)
+        sizes = (self.out_features, self.in_features, paired, threads.handle)
         with threads:
-            self.handle = threads.library.make("pack", self, weight.data_ptr(), address(wide), *sizes)
+            self.handle = threads.library.make("pack", self, *what, address(wide), *sizes)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[n, in_features] -> [n, out_features] fp32; x is rounded to the weight's dtype."""
-        x = x.float().contiguous()
-        y = torch.empty(len(x), self.out_features)
-        with self._threads as threads:
-            threads.library.run("linear", self.handle, x.data_ptr(), len(x), y.data_ptr(), threads.handle)
-        return y
+
+class PackedQuantized(Packed):
+    """Weights in 8 or 4 bits (quantized.h).
+
+    Activations are taken as they come: in fp32, or in a decoder of bf16 rounded to that. With a weight-only scheme they are
+    multiplied in fp32; with a dynamic one they are rounded to 8 bits by each row's range, and a group's sum of integers is exact.
+    """
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, threads: Threads, *, paired: bool = False) -> None:
+        """Arguments as of PackedLinear. Raises ValueError where groups are not of a multiple of 8 inputs, or inputs too many."""
+        super().__init__(threads)
+        self.out_features, self.in_features = weight.shape
+        groups = weight.scale.shape[1]
+        if groups > 1 and weight.group_size % _UNIT:
+            raise ValueError(f"groups of {weight.group_size} inputs: the native kernels take multiples of {_UNIT}")
+        if self.in_features > _MOST_INPUTS:
+            raise ValueError(f"{self.in_features} inputs: the native kernels take up to {_MOST_INPUTS} of quantized weights")
+        scheme = weight.scheme
+        values, scale = weight.values.contiguous(), weight.scale.float().contiguous()
+        zero = None if weight.zero_point is None else weight.zero_point.contiguous()
+        wide = None if bias is None else bias.float().contiguous()
+        kind = _KINDS["fp8" if values.dtype == FP8 else f"int{scheme.bits}"]
+        what = (values.data_ptr(), kind, scale.data_ptr(), address(zero), groups, scheme.dynamic)
+        sizes = (self.out_features, self.in_features, paired, threads.handle)
+        with threads:
+            self.handle = threads.library.make("pack", self, *what, address(wide), *sizes)
+
+
+class PackedQuantizedPart(PackedQuantized):
+    """Of dynamic activations, the part of a rank that has some features of each token: see TorchQuantizedPart, whose bits it has."""
+
+    def __init__(self, weight: QuantizedWeight, threads: Threads, exchange: Exchange) -> None:
+        alone = weight.scale.shape[1] == 1
+        self._after = weight.scale.t().contiguous() if alone else None
+        super().__init__(replace(weight, scale=torch.ones_like(weight.scale)) if alone else weight, None, threads)
+        self._kind, self._ranges = weight.scheme.kind, Ranges(exchange)
+        self._failure: Exception | None = None
+        self._called = _EXCHANGE(self._exchange)  # C has no other hold on it
+        threads.library.run("pack_exchange", self.handle, self._called)
+
+    def finish(self, sums: Tensor) -> Tensor:
+        """See parallel.linear.Deferred."""
+        if self._failure is not None:
+            raise self._failure
+        return scaled(sums, self._after, self._ranges.scale(self._kind))
+
+    def _exchange(self, largest: Any, rows: int) -> None:
+        """Called by the kernel; it cannot raise through C."""
+        here = torch.from_numpy(np.ctypeslib.as_array(largest, (rows,)))
+        try:
+            here.copy_(self._ranges(here.clone()))
+        except Exception as error:
+            self._failure = error
 
 
 def address(of: "Tensor | NDArray[Any] | None") -> int | None:
@@ -223,7 +304,10 @@ __all__ = [
     "Dimensions",
     "Layer",
     "Library",
+    "Packed",
     "PackedLinear",
+    "PackedQuantized",
+    "PackedQuantizedPart",
     "Paged",
     "Threads",
     "address",

@@ -10,7 +10,7 @@
 #include <memory>
 
 #include "attention.h"
-#include "packed.h"
+#include "linear.h"
 #include "rows.h"
 #include "sample.h"
 
@@ -36,30 +36,6 @@ struct Batch {
     const int64_t* slots;     // [num_tokens]
     const float *cos, *sin;   // [positions there are, head_dim / 2]
     Paged paged;
-};
-
-// Memory that only grows.
-template <class T>
-class Buffer {
-  public:
-    T* fit(int64_t count) {
-        if (count > size_) {
-            size_ = count + count / 2;
-            memory_.reset(static_cast<T*>(aligned_alloc(64, round_up(size_ * sizeof(T), 64))));
-            if (!memory_) {
-                size_ = 0;
-                throw std::bad_alloc();
-            }
-        }
-        return memory_.get();
-    }
-
-  private:
-    struct Free {
-        void operator()(T* memory) const { free(memory); }
-    };
-    std::unique_ptr<T, Free> memory_;
-    int64_t size_ = 0;
 };
 
 // Seconds that the calling thread has spent in each kind of work, waiting for the others included.
@@ -202,7 +178,7 @@ class Decoder final : public Model {
         X* inner = inner_.fit(batch.num_tokens * inner_stride());
         const int64_t stride = inner_stride();
         Clock clock(spent.linears);
-        linear<W>(*layer.gate_up, x, hidden_stride(), batch.num_tokens, threads_, [=](int64_t row, int64_t panel, const Floats* y) {
+        linear(*layer.gate_up, x, hidden_stride(), batch.num_tokens, threads_, [=](int64_t row, int64_t panel, const Floats* y) {
             X* to = inner + row * stride + panel * (WIDTH / 2);
             for (int v = 0; v < VECTORS / 2; v++) Activation<W>::put(to + v * LANES, silu(y[v]) * y[VECTORS / 2 + v]);
         });
@@ -218,12 +194,12 @@ class Decoder final : public Model {
 
     void add(const Packed& packed, const X* x, int64_t stride, const Batch& batch) {
         Clock clock(spent.linears);
-        linear_to<W>(packed, x, stride, batch.num_tokens, threads_, batch.hidden, [](float* to, Floats y) { store(to, load(to) + y); });
+        linear_to(packed, x, stride, batch.num_tokens, threads_, batch.hidden, [](float* to, Floats y) { store(to, load(to) + y); });
     }
 
     void put(const Packed& packed, const X* x, int64_t stride, int64_t rows, float* to) {
         Clock clock(spent.linears);
-        linear_to<W>(packed, x, stride, rows, threads_, to, [](float* to, Floats y) { store(to, y); });
+        linear_to(packed, x, stride, rows, threads_, to, [](float* to, Floats y) { store(to, y); });
     }
 
     const Dimensions d_;
@@ -243,14 +219,14 @@ void multiply_alone(const Packed& packed, const float* x, int64_t rows, float* y
     Threads::Step step(threads);
     threads.run(rows, [&](int64_t row, int) { put_row<W>(taken + row * stride, x + row * packed.inputs, packed.inputs); });
     if (packed.paired) {
-        linear<W>(packed, taken, stride, rows, threads, [&](int64_t row, int64_t panel, const Floats* v) {
+        linear(packed, taken, stride, rows, threads, [&](int64_t row, int64_t panel, const Floats* v) {
             for (int i = 0; i < WIDTH; i++) {
                 const int64_t output = packed.output(panel, i);
                 if (output < outputs) y[row * outputs + output] = v[i / LANES][i % LANES];
             }
         });
     } else {
-        linear_to<W>(packed, taken, stride, rows, threads, y, [](float* to, Floats v) { store(to, v); });
+        linear_to(packed, taken, stride, rows, threads, y, [](float* to, Floats v) { store(to, v); });
     }
 }
 
@@ -293,25 +269,31 @@ void rayline_end(void* threads) { static_cast<Threads*>(threads)->end(); }
 
 void rayline_threads_free(void* threads) { delete static_cast<Threads*>(threads); }
 
-// weights [outputs, inputs] of bf16 (half) or fp32, bias [outputs] fp32 or none -> a Packed. paired: gate over up.
-void* rayline_pack(const void* weights, const float* bias, int64_t outputs, int64_t inputs, int half, int paired, void* threads) {
+// weights [outputs, inputs] of a kind, bias [outputs] fp32 or none -> a Packed. paired: gate over up. Of quantized weights: scale
+// [outputs, groups] fp32, zero [outputs, groups] int8 or none; dynamic: activations are quantized too.
+void* rayline_pack(const void* weights, int kind, const float* scale, const int8_t* zero, int64_t groups, int dynamic, const float* bias,
+                   int64_t outputs, int64_t inputs, int paired, void* threads) {
     try {
         Threads& some = *static_cast<Threads*>(threads);
-        if (half) return pack(static_cast<const bf16*>(weights), bias, outputs, inputs, paired, some);
-        return pack(static_cast<const float*>(weights), bias, outputs, inputs, paired, some);
+        if (kind == (int)Kind::bf16) return pack(static_cast<const bf16*>(weights), bias, outputs, inputs, paired, some);
+        if (kind == (int)Kind::fp32) return pack(static_cast<const float*>(weights), bias, outputs, inputs, paired, some);
+        return pack(Kind(kind), Quantized{static_cast<const uint8_t*>(weights), scale, zero, groups}, dynamic, bias, outputs, inputs, paired, some);
     } catch (...) {
         return nullptr;
     }
 }
 
+// Of a packed of dynamic activations: what its rank has is part of the inputs (see Packed).
+void rayline_pack_exchange(void* packed, Exchange exchange) { static_cast<Packed*>(packed)->exchange = exchange; }
+
 void rayline_pack_free(void* packed) { delete static_cast<Packed*>(packed); }
 
-// x [rows, inputs] -> y [rows, outputs], fp32 both; with bf16 weights x is rounded.
+// x [rows, inputs] -> y [rows, outputs], fp32 both; with bf16 weights x is rounded, with quantized ones it is not, but where activations are quantized.
 int rayline_linear(const void* packed, const float* x, int64_t rows, float* y, void* threads) {
     try {
         const Packed& weights = *static_cast<const Packed*>(packed);
         Threads& some = *static_cast<Threads*>(threads);
-        weights.half ? multiply_alone<bf16>(weights, x, rows, y, some) : multiply_alone<float>(weights, x, rows, y, some);
+        weights.kind == Kind::bf16 ? multiply_alone<bf16>(weights, x, rows, y, some) : multiply_alone<float>(weights, x, rows, y, some);
         return 0;
     } catch (...) {
         return 1;

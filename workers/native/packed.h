@@ -9,13 +9,10 @@
 // With few rows the weights stream past once, at the memory's speed. With many, blocks of up to BLOCK rows run over panels that stay
 // in the second-level cache.
 #pragma once
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "memory.h"
 #include "simd.h"
 #include "threads.h"
 
@@ -23,37 +20,29 @@ constexpr int VECTORS = LANES == 16 ? 4 : 2;  // of a panel
 constexpr int WIDTH = VECTORS * LANES;
 constexpr int BLOCK = 6;                  // rows at a time: their accumulators, and what else is needed, fit the registers
 constexpr int64_t RESIDENT = 192 << 10;  // bytes of panels that a row block passes over before the next row block
-constexpr int64_t HUGE_PAGE = 2 << 20;
 
-// Zeros, on huge pages where the system has some.
-class Zeros {
-  public:
-    explicit Zeros(int64_t bytes) : size_(round_up(bytes, HUGE_PAGE) + HUGE_PAGE) {
-        base_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (base_ == MAP_FAILED) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-        madvise(base_, size_, MADV_HUGEPAGE);
-#endif
-    }
-    ~Zeros() { munmap(base_, size_); }
-    Zeros(const Zeros&) = delete;
+// What weights are kept in. The numbers are those of workers/native/library.py.
+enum class Kind : int { fp32, bf16, int8, int4, fp8 };
 
-    char* at() const { return reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(base_), HUGE_PAGE)); }
-
-  private:
-    int64_t size_;
-    void* base_;
-};
+// largest [rows]: the greatest magnitude of each row's inputs here -> of those of all ranks.
+typedef void (*Exchange)(float* largest, int64_t rows);
 
 struct Packed {
     int64_t outputs, inputs;
-    int64_t panels, depth;  // depth: inputs, of bf16 rounded up to even
-    bool half;               // bf16, else fp32
+    int64_t panels, depth;  // depth: inputs, of bf16 rounded up to even, of quantized weights to a multiple of 8
+    int64_t panel_bytes;     // of weights
+    Kind kind;
     bool paired;             // each panel: WIDTH / 2 outputs of the first half of W, and those WIDTH / 2 of the second half beside them
-    Zeros memory;
-    std::vector<float> bias;  // [panels * WIDTH] in the order of the panels, or none
+    bool dynamic;            // quantized weights: activations are quantized as well
+    bool asymmetric;         // there are zero-points
+    int64_t groups, group;   // of quantized weights: an output's, and the inputs of one (the last has what is behind the inputs, too)
+    Zeros memory;            // panels; of quantized weights then scales and zero-points, [panels, groups, WIDTH] each
+    std::vector<float> bias; // [panels * WIDTH] in the order of the panels, or none
+    Exchange exchange = nullptr;  // dynamic, of a rank that has some inputs: outputs are not multiplied by the rows' scales yet
 
     char* weights() const { return memory.at(); }
+    float* scales() const { return reinterpret_cast<float*>(memory.at() + panels * panel_bytes); }
+    uint8_t* zeros() const { return asymmetric ? reinterpret_cast<uint8_t*>(scales() + panels * groups * WIDTH) : nullptr; }
 
     // The output of W in column `column` of panel `panel`; none: outputs or more.
     int64_t output(int64_t panel, int column) const {
@@ -63,6 +52,25 @@ struct Packed {
         return column < half_width ? at : outputs / 2 + at;
     }
 };
+
+// Sizes, memory, bias [outputs] or none.
+inline std::unique_ptr<Packed> make_packed(Kind kind, const float* bias, int64_t outputs, int64_t inputs, bool paired, int64_t groups = 0,
+                                           bool dynamic = false, bool asymmetric = false) {
+    const int64_t columns = paired ? round_up(outputs / 2, WIDTH / 2) * 2 : round_up(outputs, WIDTH), panels = columns / WIDTH;
+    const int64_t depth = round_up(inputs, groups ? 8 : kind == Kind::bf16 ? 2 : 1);
+    const int64_t bits = kind == Kind::fp32 ? 32 : kind == Kind::bf16 ? 16 : kind == Kind::int4 ? 4 : 8;
+    const int64_t panel_bytes = depth * WIDTH * bits / 8, bytes = panels * (panel_bytes + groups * WIDTH * (asymmetric ? 5 : 4));
+    std::unique_ptr<Packed> packed(new Packed{outputs, inputs, panels, depth, panel_bytes, kind, paired, dynamic, asymmetric, groups,
+                                              groups ? depth / groups : 0, Zeros(bytes), {}});
+    if (bias) {
+        packed->bias.resize(columns);
+        for (int64_t at = 0; at < columns; at++) {
+            int64_t output = packed->output(at / WIDTH, at % WIDTH);
+            if (output < outputs) packed->bias[at] = bias[output];
+        }
+    }
+    return packed;
+}
 
 template <class W>
 void pack_panel(const Packed& packed, const W* from, int64_t panel) {
@@ -78,21 +86,47 @@ void pack_panel(const Packed& packed, const W* from, int64_t panel) {
 
 template <class W>
 Packed* pack(const W* from, const float* bias, int64_t outputs, int64_t inputs, bool paired, Threads& threads) {
-    bool half = sizeof(W) == 2;
-    int64_t columns = paired ? round_up(outputs / 2, WIDTH / 2) * 2 : round_up(outputs, WIDTH);
-    int64_t panels = columns / WIDTH, depth = round_up(inputs, half ? 2 : 1);
-    const int64_t bytes = panels * depth * WIDTH * (int64_t)sizeof(W);
-    std::unique_ptr<Packed> packed(new Packed{outputs, inputs, panels, depth, half, paired, Zeros(bytes), {}});
+    auto packed = make_packed(sizeof(W) == 2 ? Kind::bf16 : Kind::fp32, bias, outputs, inputs, paired);
     Threads::Step step(threads);
-    threads.run(panels, [&](int64_t panel, int) { pack_panel(*packed, from, panel); });
-    if (bias) {
-        packed->bias.resize(panels * WIDTH);
-        for (int64_t at = 0; at < panels * WIDTH; at++) {
-            int64_t output = packed->output(at / WIDTH, at % WIDTH);
-            if (output < outputs) packed->bias[at] = bias[output];
-        }
-    }
+    threads.run(packed->panels, [&](int64_t panel, int) { pack_panel(*packed, from, panel); });
     return packed.release();
+}
+
+// Activations as a kind of weights takes them.
+struct Rows {
+    const void* at;         // [rows, stride]
+    int64_t stride;
+    const float* scales;    // [rows] by which sums are multiplied, or none
+    const void* sums;       // [rows, groups] of a group's activations, fp32 or int32; where zero-points take them off
+};
+
+// Some rows, from `row` on, times some panels, from `panel` on, with the bias: to [rows][panels * VECTORS].
+typedef void (*Tile)(const Packed& packed, const Rows& rows, int64_t row, int64_t panel, Floats* to);
+
+// How many panels side by side keep the multipliers busy where rows are few.
+constexpr int beside(int rows) {
+    if (LANES == 16) return rows <= 2 ? 2 : 1;
+    return rows == 1 ? 4 : rows == 2 ? 3 : rows == 3 ? 2 : 1;
+}
+
+// For 1, 2, ... BLOCK rows: of one panel, and of beside(rows).
+struct Tiles {
+    Tile one[BLOCK], some[BLOCK];
+};
+
+template <class F>
+constexpr Tiles tiles_of = {
+    {F::template tile<1, 1>, F::template tile<2, 1>, F::template tile<3, 1>, F::template tile<4, 1>, F::template tile<5, 1>,
+     F::template tile<6, 1>},
+    {F::template tile<1, beside(1)>, F::template tile<2, beside(2)>, F::template tile<3, beside(3)>, F::template tile<4, beside(4)>,
+     F::template tile<5, beside(5)>, F::template tile<6, beside(6)>},
+};
+
+template <int ROWS, int N>
+inline void put_with_bias(const Packed& packed, int64_t panel, const Floats (&sums)[ROWS][N], Floats* to) {
+    const float* bias = packed.bias.empty() ? nullptr : packed.bias.data() + panel * WIDTH;
+    for (int row = 0; row < ROWS; row++)
+        for (int v = 0; v < N; v++) to[row * N + v] = bias ? sums[row][v] + load(bias + v * LANES) : sums[row][v];
 }
 
 // --- products of a few rows and a few panels, all inputs ------------------------------------------------------------
@@ -163,83 +197,15 @@ inline void multiply(const float* x, int64_t stride, const bf16* weights, int64_
     }
 }
 
-// x [ROWS, stride] times COUNT panels from `panel` on, with the bias: to [ROWS][COUNT * VECTORS].
-template <int ROWS, int COUNT, class W, class X>
-__attribute__((noinline)) void tile(const Packed& packed, const X* x, int64_t stride, int64_t panel, Floats* to) {
-    Floats sums[ROWS][COUNT * VECTORS] = {};
-    const int64_t panel_size = packed.depth * WIDTH;
-    multiply<ROWS, COUNT>(x, stride, reinterpret_cast<const W*>(packed.weights()) + panel * panel_size, panel_size, packed.depth, sums);
-    const float* bias = packed.bias.empty() ? nullptr : packed.bias.data() + panel * WIDTH;
-    for (int row = 0; row < ROWS; row++)
-        for (int v = 0; v < COUNT * VECTORS; v++) to[row * COUNT * VECTORS + v] = bias ? sums[row][v] + load(bias + v * LANES) : sums[row][v];
-}
-
-// How many panels side by side keep the multipliers busy where rows are few.
-template <int ROWS>
-constexpr int beside() {
-    if (LANES == 16) return ROWS <= 2 ? 2 : 1;
-    return ROWS == 1 ? 4 : ROWS == 2 ? 3 : ROWS == 3 ? 2 : 1;
-}
-
-// ROWS rows over panels [panel, end); emit(row, panel, the panel's vectors).
-template <int ROWS, class W, class X, class E>
-void strip(const Packed& packed, const X* x, int64_t stride, int64_t first_row, int64_t panel, int64_t end, const E& emit) {
-    constexpr int COUNT = beside<ROWS>();
-    Floats y[ROWS * COUNT * VECTORS];
-    for (int count; panel < end; panel += count) {
-        count = panel + COUNT <= end ? COUNT : 1;
-        count == COUNT ? tile<ROWS, COUNT, W>(packed, x, stride, panel, y) : tile<ROWS, 1, W>(packed, x, stride, panel, y);
-        for (int row = 0; row < ROWS; row++)
-            for (int i = 0; i < count; i++) emit(first_row + row, panel + i, y + (row * count + i) * VECTORS);
+// Weights W and activations X.
+template <class W, class X>
+struct Dense {
+    template <int ROWS, int COUNT>
+    __attribute__((noinline)) static void tile(const Packed& packed, const Rows& rows, int64_t row, int64_t panel, Floats* to) {
+        Floats sums[ROWS][COUNT * VECTORS] = {};
+        const int64_t panel_size = packed.depth * WIDTH;
+        const X* x = static_cast<const X*>(rows.at) + row * rows.stride;
+        multiply<ROWS, COUNT>(x, rows.stride, reinterpret_cast<const W*>(packed.weights()) + panel * panel_size, panel_size, packed.depth, sums);
+        put_with_bias(packed, panel, sums, to);
     }
-}
-
-template <class W, class X, class E>
-void strip(const Packed& packed, const X* x, int64_t stride, int64_t first_row, int64_t rows, int64_t panel, int64_t end, const E& emit) {
-    switch (rows) {
-        case 1: return strip<1, W>(packed, x, stride, first_row, panel, end, emit);
-        case 2: return strip<2, W>(packed, x, stride, first_row, panel, end, emit);
-        case 3: return strip<3, W>(packed, x, stride, first_row, panel, end, emit);
-        case 4: return strip<4, W>(packed, x, stride, first_row, panel, end, emit);
-        case 5: return strip<5, W>(packed, x, stride, first_row, panel, end, emit);
-        default: return strip<BLOCK, W>(packed, x, stride, first_row, panel, end, emit);
-    }
-}
-
-// All rows: x [rows, stride], where inputs up to packed.depth must be finite.
-template <class W, class X, class E>
-void linear(const Packed& packed, const X* x, int64_t stride, int64_t rows, Threads& threads, const E& emit) {
-    const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
-    const int64_t panel_bytes = packed.depth * WIDTH * (int64_t)sizeof(W);
-    const int64_t share = (packed.panels + threads.count() - 1) / threads.count();
-    const int64_t even = packed.panels / (16 * threads.count());  // small enough that nobody waits long for the last one
-    const int64_t group = std::max<int64_t>(1, std::min(std::min(RESIDENT / panel_bytes, share), std::max<int64_t>(even, beside<1>())));
-    threads.run((packed.panels + group - 1) / group, [&](int64_t task, int) {
-        const int64_t first = task * group, end = std::min(packed.panels, first + group);
-        for (int64_t block = 0; block < blocks; block++) {  // sizes differ by one at most
-            const int64_t begin = rows * block / blocks, after = rows * (block + 1) / blocks;
-            strip<W>(packed, x + begin * stride, stride, begin, after - begin, first, end, emit);
-        }
-    });
-}
-
-// The same into fp32 rows `to` [rows, outputs]: emit(place, vector) for each vector of outputs, in W's order (not of paired weights).
-// Of a last one that is not whole, what is there is copied out and back.
-template <class W, class X, class E>
-void linear_to(const Packed& packed, const X* x, int64_t stride, int64_t rows, Threads& threads, float* to, const E& emit) {
-    const int64_t outputs = packed.outputs;
-    linear<W>(packed, x, stride, rows, threads, [=](int64_t row, int64_t panel, const Floats* y) {
-        for (int v = 0; v < VECTORS; v++) {
-            const int64_t column = panel * WIDTH + v * LANES, left = outputs - column;
-            float* at = to + row * outputs + column;
-            if (left >= LANES) {
-                emit(at, y[v]);
-            } else if (left > 0) {
-                float some[LANES] = {};
-                memcpy(some, at, left * sizeof(float));
-                emit(some, y[v]);
-                memcpy(at, some, left * sizeof(float));
-            }
-        }
-    });
-}
+};

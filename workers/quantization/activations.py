@@ -49,6 +49,12 @@ def quantize_tokens(x: Tensor, kind: Kind, exchange: Exchange | None = None) -> 
     return (wide / scale).round().clamp(-128, 127).to(torch.int8), scale
 
 
+def scaled(sums: Tensor, by_output: Tensor | None, by_token: Tensor) -> Tensor:
+    """Sums of products [n, out_features], multiplied by the weights' scales [1, out_features], where those are not in them, and the
+    tokens' [n, 1]: in this order everywhere, for equal bits."""
+    return (sums if by_output is None else sums * by_output) * by_token
+
+
 def requantized(x: Tensor, kind: Kind) -> Tensor:
     """What quantizing leaves of x [n, features], in its dtype."""
     q, scale = quantize_tokens(x, kind)

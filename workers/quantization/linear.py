@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parallel.linear import Linear
-from workers.quantization.activations import Exchange, Ranges, quantize_tokens
+from workers.quantization.activations import Exchange, Ranges, quantize_tokens, scaled
 from workers.quantization.weight import QuantizedWeight
 
 
@@ -48,8 +48,7 @@ class TorchQuantizedLinear:
         return F.linear(x, weight) if x.dtype == torch.float32 else torch.mm(x, weight.t(), out_dtype=torch.float32)
 
     def _scaled(self, sums: Tensor, scale: Tensor) -> Tensor:
-        y = sums * scale
-        return y if self._after is None else y * self._after
+        return scaled(sums, self._after, scale)
 
     def _factors(self, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         return weight.dequantized(dtype) if self._after is None else weight.values.to(dtype)

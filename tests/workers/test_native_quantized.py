@@ -1,0 +1,86 @@
+"""Linears over quantized weights by the native kernels: against float64, rows against themselves, one CPU against others."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from cluster.schemes import Scheme, parse_precision
+from tests.workers.builds import built_for
+from workers.native.library import Library, PackedQuantized, Threads
+from workers.quantization.weight import FP8, QuantizedWeight, quantize
+
+WEIGHT_ONLY = ["int8", "int8-asym", "int8-g8", "int8-asym-g24", "int8-tensor", "int4-g8", "int4-asym-g24", "int4-tensor", "fp8"]
+DYNAMIC = ["int8-dynamic", "int8-tensor-dynamic", "int4-g8-dynamic", "int4-g24-dynamic", "int4-tensor-dynamic", "fp8-dynamic"]
+GROUPED, WHOLE = [(24, 5), (72, 257), (1032, 100)], [(1, 1), (17, 5), (33, 257), (1024, 100), (513, 130)]
+
+
+def cases(schemes: list[str]) -> list[tuple[str, int, int]]:
+    """Each with sizes that its groups divide."""
+    return [(name, *size) for name in schemes for size in (GROUPED if "-g" in name else WHOLE)]
+
+
+def quantized(name: str, inputs: int, outputs: int) -> QuantizedWeight:
+    """Random weights, off centre so that zero-points matter, and of channels of different sizes."""
+    scheme = parse_precision(name)
+    assert isinstance(scheme, Scheme)
+    weight = (torch.randn(outputs, inputs) + 0.3) * torch.rand(outputs, 1)
+    return quantize(weight, scheme)
+
+
+def rounded(x: Tensor, scheme: Scheme) -> Tensor:
+    """Activations as a dynamic scheme quantizes them, in float64."""
+    largest = x.abs().amax(1, keepdim=True)
+    if scheme.kind == "float":
+        scale = largest / 448.0
+        return (x / scale).clamp(-448, 448).to(FP8).double() * scale.double()
+    scale = largest * 2 / 255
+    return (x / scale).round().clamp(-128, 127).double() * scale.double()
+
+
+def check(weight: QuantizedWeight, x: Tensor, bias: Tensor, y: Tensor) -> None:
+    """Against float64, with the error that roundings of fp32 may make. A dynamic scheme's sums of integers are exact, so few are
+    left; others are rounded with weights of the size of all steps of the scheme, from which the zero-point is then taken off."""
+    scheme, size = weight.scheme, weight.group_size
+    taken = rounded(x, scheme) if scheme.dynamic else x.double()
+    zero = 0.0 if weight.zero_point is None else weight.zero_point.double().repeat_interleave(size, 1)
+    scale = weight.scale.double().repeat_interleave(size, 1)
+    exact = (weight.values.double() - zero) * scale
+    integers = scheme.dynamic and scheme.kind == "int"
+    largest = exact.abs() if integers or scheme.kind == "float" else scale * 2**scheme.bits
+    room = taken.abs() @ largest.T + bias.double().abs()
+    error = (y.double() - (taken @ exact.T + bias.double())).abs() / room
+    assert error.max() < (4 if integers else 16) * 2**-24
+
+
+def check_rows(linear: PackedQuantized, x: Tensor, whole: Tensor) -> None:
+    """Bitwise."""
+    for rows in (*range(1, 14), 64, 70):
+        assert torch.equal(linear(x[:rows]), whole[:rows])
+        assert torch.equal(linear(x[-rows:]), whole[-rows:])
+
+
+@pytest.mark.parametrize(("name", "inputs", "outputs"), cases(WEIGHT_ONLY + DYNAMIC))
+def test_a_quantized_linear_is_the_product_whatever_the_number_of_rows(
+    library: Library,
+    name: str,
+    inputs: int,
+    outputs: int,
+) -> None:
+    torch.manual_seed(0)
+    weight, bias = quantized(name, inputs, outputs), torch.randn(outputs)
+    x = torch.randn(71, inputs) * torch.rand(71, 1) * 10
+    linear = PackedQuantized(weight, bias, Threads(library, 2))
+    whole = linear(x)
+    check(weight, x, bias, whole)
+    check_rows(linear, x, whole)
+    assert torch.equal(PackedQuantized(weight, bias, Threads(library, 1))(x), whole)
+
+
+@pytest.mark.parametrize("name", [*WEIGHT_ONLY, *DYNAMIC])
+def test_the_bits_are_those_of_avx512(name: str) -> None:
+    torch.manual_seed(1)
+    weight, x = quantized(name, 72, 100), torch.randn(11, 72)
+    ways = ("avx2", "avx512", "avx512-bf16")
+    one, *others = (PackedQuantized(weight, torch.ones(100), Threads(built_for(way), 1))(x) for way in ways)
+    for other in others:
+        assert torch.equal(one, other)
