@@ -90,7 +90,7 @@ def load_for_policies(arguments: Namespace, most: int) -> LLM:
 
 def dtype_name(llm: LLM) -> str:
     """What it computes in."""
-    return str(llm.runner.pool.keys.dtype).removeprefix("torch.")
+    return str(llm.runner.decoder.dtype).removeprefix("torch.")
 
 
 def rayline(llm: LLM) -> Contender:

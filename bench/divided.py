@@ -52,7 +52,7 @@ class Divided:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, hidden] rows of `forward` -> [n, vocab] fp32."""
-        return self._at_once(self._pp - 1, lambda runner: runner.decoder.logits(hidden.to(runner.pool.keys.device)))
+        return self._at_once(self._pp - 1, lambda runner: runner.decoder.logits(hidden.to(runner.pool.device)))
 
     def close(self) -> None:
         """End all threads."""
@@ -62,7 +62,7 @@ class Divided:
 
     def _handed_on(self, stage: int, spans: Sequence[Span], hidden: Tensor) -> Tensor:
         """Each rank gets a copy of its own, which it may overwrite."""
-        return self._at_once(stage, lambda runner: runner.forward(spans, hidden.to(runner.pool.keys.device, copy=True)))
+        return self._at_once(stage, lambda runner: runner.forward(spans, hidden.to(runner.pool.device, copy=True)))
 
     def _at_once(self, stage: int, call: Callable[[ModelRunner], Tensor]) -> Tensor:
         """Call all ranks of a stage at once; what its first rank returns."""

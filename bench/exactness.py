@@ -100,7 +100,7 @@ class Run:
         self._runner, self._observe = runner, observe
         self._judge = runner if isinstance(runner, Divided) else runner.decoder
         self._table = SequenceTable(runner.pool.block_size)
-        self._sampler = Sampler(self._judge.kernels.picker(self._judge.shape.vocab_size, runner.pool.keys.device))
+        self._sampler = Sampler(self._judge.kernels.picker(self._judge.shape.vocab_size, runner.pool.device))
 
     def add(self, case: Case, output: Sequence[int] = ()) -> None:
         """It comes with the next step, with so much output known."""

@@ -197,9 +197,8 @@ class Sides:
 
 def _twin(llm: LLM) -> ModelRunner:
     """Another runner of the same weights, with a pool of its own."""
-    runner, keys = llm.runner, llm.runner.pool.keys
-    layers, blocks, size, heads, head_dim = keys.shape
-    pool = KVPool(layers, blocks, size, heads, head_dim, keys.dtype, keys.device)
+    runner, own = llm.runner, llm.runner.pool
+    pool = KVPool(own.num_layers, own.num_blocks, own.block_size, own.num_kv_heads, own.head_dim, own.dtype, own.device)
     return ModelRunner(runner.decoder, pool, runner.max_model_len)
 
 

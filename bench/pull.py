@@ -125,7 +125,8 @@ def _give(pipe: Connection, shape: Sequence[int], dtype: torch.dtype) -> None:
 def _two_ranks(pool: KVPool) -> Iterator[_Ranks]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_give, args=(there, tuple(pool.keys.shape), pool.keys.dtype), daemon=True)
+    shape = (pool.num_layers, pool.num_blocks, pool.block_size, pool.num_kv_heads, pool.head_dim)
+    process = context.Process(target=_give, args=(there, shape, pool.dtype), daemon=True)
     process.start()
     try:
         yield _Ranks(pool, here)

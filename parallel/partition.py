@@ -37,9 +37,9 @@ class Partition:
         """This rank's rows."""
         return self.vocab[self.tp_rank]
 
-    def kv_bytes_per_token(self, shape: ModelShape, element_size: int) -> int:
-        """Bytes of K and V that one token takes here."""
-        return 2 * len(self.layers) * len(self.kv_heads) * shape.head_dim * element_size
+    def kv_bytes_per_token(self, vector_bytes: int) -> int:
+        """Bytes of K and V that one token takes here, where one head's key or value takes vector_bytes."""
+        return 2 * len(self.layers) * len(self.kv_heads) * vector_bytes
 
 
 def partition(shape: ModelShape, seat: Seat = SOLO, stage_layers: Sequence[int] | None = None) -> Partition:

@@ -84,7 +84,7 @@ class Decoder:
     kernels: "Kernels"
     """What it is computed by."""
     dtype: torch.dtype
-    """That of weights and of the KV pool."""
+    """That of weights."""
     embedding: Embedding | None
     """In the first stage."""
     stack: LayerStack

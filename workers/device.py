@@ -7,6 +7,7 @@ import torch
 
 from cluster.config import Config, ConfigError
 from cluster.shape import ModelShape
+from kv.formats import DEQUANTIZED_BYTES, DTYPES, is_quantized, vector_bytes
 from parallel.partition import Partition
 
 _CPU_SHARE, _CPU_MOST = 0.30, 4 << 30
@@ -55,6 +56,11 @@ def resolve_dtype(name: str, checkpoint: str, device: torch.device, on_cpu: Coll
     return chosen
 
 
+def resolve_kv_dtype(name: str, computed: torch.dtype) -> torch.dtype:
+    """The dtype of the KV pool (see KVPool) that `Config.kv_dtype` names, where weights are in dtype `computed`."""
+    return computed if name == "auto" else DTYPES[name]
+
+
 def resolve_max_model_len(config: Config, shape: ModelShape) -> int:
     """The longest sequence the model is run with: what was asked for, else all that the model allows."""
     allowed = shape.max_position_embeddings
@@ -71,6 +77,7 @@ def size_pool(
     part: Partition,
     max_model_len: int,
     dtype: torch.dtype,
+    kv_dtype: torch.dtype,
     device: torch.device,
     neighbours: int = 0,
     beside: int = 0,
@@ -78,13 +85,13 @@ def size_pool(
     """Blocks that a rank's KV pool holds, the null block included: what the memory allows, at most what the sequences can ever
     need.
 
-    neighbours: how many ranks beside this one share a CPU's memory. beside: bytes per token that a draft model's KV takes. Raises
-    ConfigError where the memory doesn't hold the null block and one more.
+    dtype: of weights. kv_dtype: of the pool. neighbours: how many ranks beside this one share a CPU's memory. beside: bytes per
+    token that a draft model's KV takes. Raises ConfigError where the memory doesn't hold the null block and one more.
     """
-    bytes_per_block = (part.kv_bytes_per_token(shape, dtype.itemsize) + beside) * config.block_size
+    bytes_per_block = (part.kv_bytes_per_token(vector_bytes(kv_dtype, shape.head_dim)) + beside) * config.block_size
     budget = config.kv_memory if config.kv_memory is not None else _free_share(device, neighbours)
     if config.kv_memory is None and device.type == "cuda":
-        budget = max(0, budget - scratch_bytes(config, shape, max_model_len, dtype) - _SLACK)
+        budget = max(0, budget - scratch_bytes(config, shape, max_model_len, dtype, kv_dtype) - _SLACK)
     if budget < 2 * bytes_per_block:
         needed = f"the null block and one more of {config.block_size} tokens take {2 * bytes_per_block}"
         raise ConfigError(f"{budget} bytes of KV memory hold no pool: {needed}")
@@ -92,13 +99,16 @@ def size_pool(
     return min(budget // bytes_per_block, config.max_num_seqs * blocks_per_sequence + 1)
 
 
-def scratch_bytes(config: Config, shape: ModelShape, max_model_len: int, dtype: torch.dtype) -> int:
+def scratch_bytes(config: Config, shape: ModelShape, max_model_len: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> int:
     """What an iteration takes beside weights and pool, at most, roughly: activations of one layer, a context gathered for attention
     with its mask, logits and noise."""
     heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     tokens = config.max_num_batched_tokens
     activations = tokens * (6 * shape.hidden_size + 4 * heads + 4 * shape.intermediate_size) * max(4, dtype.itemsize)
-    context = max_model_len * (2 * shape.num_kv_heads * shape.head_dim + tokens) * dtype.itemsize
+    numbers = 2 * shape.num_kv_heads * shape.head_dim
+    context = max_model_len * (numbers + tokens) * dtype.itemsize
+    if is_quantized(kv_dtype):
+        context += max_model_len * numbers * DEQUANTIZED_BYTES
     drawn = min(tokens, config.max_num_seqs * (1 if config.speculative == "off" else 1 + config.speculative_tokens))
     logits = 6 * drawn * shape.vocab_size * 4
     return activations + context + logits

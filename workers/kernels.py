@@ -60,8 +60,8 @@ class Kernels(Protocol):
     ) -> LayerStack:
         """The layers, whose linears were made here."""
 
-    def attention(self, pool: KVPool, windows: Sequence[int | None]) -> AttentionBackend:
-        """Over a pool, for layers with these sliding windows."""
+    def attention(self, pool: KVPool, windows: Sequence[int | None], dtype: torch.dtype) -> AttentionBackend:
+        """Over a pool, for layers with these sliding windows that are computed in dtype."""
 
     def picker(self, vocab_size: int, device: torch.device) -> Picker:
         """Draws tokens."""
@@ -108,9 +108,9 @@ class TorchKernels:
         """See Kernels."""
         return TorchLayers(shape, part, rope, tuple(layers), dtype)
 
-    def attention(self, pool: KVPool, windows: Sequence[int | None]) -> AttentionBackend:
+    def attention(self, pool: KVPool, windows: Sequence[int | None], dtype: torch.dtype) -> AttentionBackend:
         """See Kernels."""
-        return make_attention(self._attention, pool, windows)
+        return make_attention(self._attention, pool, windows, dtype)
 
     def picker(self, vocab_size: int, device: torch.device) -> Picker:
         """See Kernels."""

@@ -96,7 +96,7 @@ class LocalRanks:
 
     def settle(self, rank: int) -> None:
         """Make the calling thread one of the rank's: torch keeps the number of threads and the current device per thread."""
-        _settle(rank, self._cores, self.runners[rank].pool.keys.device.type == "cuda")
+        _settle(rank, self._cores, self.runners[rank].pool.device.type == "cuda")
 
     def _check(self) -> None:
         if not self.usable:
@@ -145,7 +145,7 @@ def _settle(rank: int, cores: int, cuda: bool) -> None:
 
 def _run(rank: int, runner: ModelRunner, cores: int, plans: Plans, results: Results) -> None:
     """A rank's loop. It ends with the first error: whatever came after would be computed on what never was."""
-    _settle(rank, cores, runner.pool.keys.device.type == "cuda")
+    _settle(rank, cores, runner.pool.device.type == "cuda")
     while (plan := plans.get()) is not None:
         try:
             runner.expect(plan)

@@ -36,7 +36,7 @@ class Mover:
         self._store = StoreServer(host)
         self._lock = threading.Lock()
         self._lines: dict[Key, _Line] = {}
-        self._progress = _Progress(pool.keys.device)
+        self._progress = _Progress(pool.device)
 
     @property
     def store(self) -> str:
@@ -139,7 +139,7 @@ class _Line:
 
     @property
     def _device(self) -> torch.device:
-        return self._pool.keys.device
+        return self._pool.device
 
     def _stream(self) -> AbstractContextManager[object]:
         if self._device.type != "cuda":

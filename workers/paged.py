@@ -19,9 +19,9 @@ class PagedModel:
     def __init__(self, decoder: Decoder, pool: KVPool, host: HostBlocks | None = None) -> None:
         """host: memory for blocks that the pool has no room for, where there is some."""
         self.decoder, self.pool, self.host = decoder, pool, host
-        self.device = pool.keys.device
+        self.device = pool.device
         layers = decoder.part.layers
-        self._attention = decoder.kernels.attention(pool, decoder.shape.windows[layers.start : layers.stop])
+        self._attention = decoder.kernels.attention(pool, decoder.shape.windows[layers.start : layers.stop], decoder.dtype)
 
     def move(self, plan: StepPlan) -> None:
         """Run copies and transfers. On CUDA they only stand in the line of what is to be done: nothing waits."""

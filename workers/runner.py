@@ -13,12 +13,13 @@ from cluster.config import Config, ConfigError
 from cluster.model import ModelFiles
 from cluster.protocol import ChunkResult, StageTime, StepPlan, StepResult
 from cluster.schemes import parse_recipe
+from kv.formats import vector_bytes
 from kv.pool import HostBlocks, KVPool
 from parallel.handoff import Handoff
 from parallel.membership import ALONE, NO_PEERS, Membership, Peers
 from parallel.partition import partition
 from workers.decoder import Decoder
-from workers.device import resolve_device, resolve_dtype, resolve_max_model_len, size_pool
+from workers.device import resolve_device, resolve_dtype, resolve_kv_dtype, resolve_max_model_len, size_pool
 from workers.kernels import choose_kernels
 from workers.loader import load_decoder
 from workers.logprobs import score_prompts
@@ -82,9 +83,8 @@ class ModelRunner:
     @property
     def layout(self) -> str:
         """What its pool is like: KV can be taken over from a rank of the same."""
-        part, keys = self.decoder.part, self.pool.keys
-        shape = list(keys.shape[2:])
-        return f"layers {part.layers.start}-{part.layers.stop}, heads {part.kv_heads}, blocks {shape}, {keys.dtype}"
+        part = self.decoder.part
+        return f"layers {part.layers.start}-{part.layers.stop}, heads {part.kv_heads}, {self.pool.layout}"
 
     @property
     def host_blocks(self) -> int:
@@ -209,6 +209,7 @@ def load_runner(
     dtype = resolve_dtype(config.dtype, shape.dtype, device, kernels.cpu_dtypes)
     max_model_len = resolve_max_model_len(config, shape)
     terms = {"dtype": str(dtype), "device": device.type, "model": str(shape), "block_size": str(config.block_size)}
+    terms["KV"] = str(resolve_kv_dtype(config.kv_dtype, dtype))
     terms["hidden states"] = str(kernels.hidden_dtype(dtype))
     peers = membership.join(device, config.step_timeout_s, terms)
     recipe = parse_recipe(config.quantization)
@@ -218,12 +219,13 @@ def load_runner(
     answers = seat.leader and part.judges
     draft = load_draft(config, shape, max_model_len, device, kernels) if answers else None
     if num_blocks is None:
-        beside = 0 if draft is None else _bytes_per_token(draft)
-        num_blocks = size_pool(config, shape, part, max_model_len, dtype, device, peers.neighbours, beside)
+        beside = 0 if draft is None else _bytes_per_token(draft, config.kv_dtype)
+        kv_dtype = resolve_kv_dtype(config.kv_dtype, dtype)
+        num_blocks = size_pool(config, shape, part, max_model_len, dtype, kv_dtype, device, peers.neighbours, beside)
     elif num_blocks < 2:
         raise ConfigError(f"num_blocks is {num_blocks}, but a pool needs the null block and at least one more")
-    pool = _pool(decoder, num_blocks, config.block_size, device)
-    draft_pool = None if draft is None else _pool(draft, num_blocks, config.block_size, device)
+    pool = _pool(decoder, num_blocks, config, device)
+    draft_pool = None if draft is None else _pool(draft, num_blocks, config, device)
     host, draft_host = _host_blocks(config, pool, draft_pool)
     drafter: Drafter | None = PromptLookup() if config.speculative == "lookup" and answers else None
     if draft is not None and draft_pool is not None:
@@ -232,16 +234,16 @@ def load_runner(
     return ModelRunner(decoder, pool, max_model_len, peers=peers, handoff=handoff, leader=seat.leader, host=host, drafter=drafter)
 
 
-def _bytes_per_token(decoder: Decoder) -> int:
-    return decoder.part.kv_bytes_per_token(decoder.shape, decoder.dtype.itemsize)
+def _bytes_per_token(decoder: Decoder, kv_dtype: str) -> int:
+    return decoder.part.kv_bytes_per_token(vector_bytes(resolve_kv_dtype(kv_dtype, decoder.dtype), decoder.shape.head_dim))
 
 
-def _pool(decoder: Decoder, num_blocks: int, block_size: int, device: torch.device) -> KVPool:
-    part, shape = decoder.part, decoder.shape
+def _pool(decoder: Decoder, num_blocks: int, config: Config, device: torch.device) -> KVPool:
+    part, shape, dtype = decoder.part, decoder.shape, resolve_kv_dtype(config.kv_dtype, decoder.dtype)
     try:
-        return KVPool(len(part.layers), num_blocks, block_size, len(part.kv_heads), shape.head_dim, decoder.dtype, device)
+        return KVPool(len(part.layers), num_blocks, config.block_size, len(part.kv_heads), shape.head_dim, dtype, device)
     except RuntimeError as error:  # torch's OutOfMemoryError is one; on a CPU it is just that
-        needed = num_blocks * block_size * _bytes_per_token(decoder)
+        needed = num_blocks * config.block_size * _bytes_per_token(decoder, config.kv_dtype)
         raise ConfigError(f"the {device.type} has no {needed} bytes for the KV pool; set kv_memory to less") from error
 
 

@@ -43,7 +43,7 @@ def main() -> None:
         prefix_cache=asked.prefix_cache,
         kv_memory=kv_memory,
     )
-    computes = str(llm.runner.pool.keys.dtype).removeprefix("torch.")
+    computes = str(llm.runner.decoder.dtype).removeprefix("torch.")
     with open(asked.answers, "w", encoding="utf-8") as answers:
         print("ready", json.dumps({"name": "rayline", "computes": computes}), file=answers, flush=True)
         for line in sys.stdin:

@@ -14,12 +14,22 @@ def load(cache: str, **settings: Any) -> LLM:
     return LLM(str(DEMO_MODEL), dtype="float32", threads=1, prefix_cache=cache, **{"kv_memory": "8MiB", **settings})
 
 
+TOKEN_BYTES = {"auto": 4096, "int8": 2 * 4 * 4 * (32 + 4), "fp8": 2 * 4 * 4 * (32 + 2)}
+"""Of the demo model's KV, by kv_dtype."""
+
+
 def tokens(completions: list[Completion]) -> list[list[list[int]]]:
     return [[output.token_ids for output in completion.outputs] for completion in completions]
 
 
-@pytest.mark.parametrize(("blocks", "tp", "pp"), [(400, 1, 1), (14, 1, 1), (40, 1, 2), (40, 2, 1)])
-def test_overlapping_prompts_give_the_same_tokens_with_and_without(blocks: int, tp: int, pp: int) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "tp", "pp", "kv_dtype"),
+    [
+        *((400, 1, 1, "auto"), (14, 1, 1, "auto"), (40, 1, 2, "auto"), (40, 2, 1, "auto")),
+        *((14, 1, 1, "int8"), (40, 1, 2, "int8"), (40, 2, 1, "int8"), (14, 1, 1, "fp8")),
+    ],
+)
+def test_overlapping_prompts_give_the_same_tokens_with_and_without(blocks: int, tp: int, pp: int, kv_dtype: str) -> None:
     """Waves of prompts that begin alike, end inside blocks, come together or later, in chunks, with a pool that is too small."""
     draw = random.Random(blocks)
     stems = [draw.choices(range(3, 2000), k=length) for length in (70, 33, 16)]
@@ -35,8 +45,9 @@ def test_overlapping_prompts_give_the_same_tokens_with_and_without(blocks: int, 
     ]
     found = []
     for cache in ("on", "off"):
-        sizes = {"kv_memory": blocks * 16 * 4096, "max_model_len": 128, "max_num_batched_tokens": 48, "max_num_seqs": 12}
-        with load(cache, tp=tp, pp=pp, **sizes) as llm:
+        sizes = {"max_model_len": 128, "max_num_batched_tokens": 48, "max_num_seqs": 12}
+        sizes["kv_memory"] = blocks * 16 * TOKEN_BYTES[kv_dtype]
+        with load(cache, tp=tp, pp=pp, kv_dtype=kv_dtype, **sizes) as llm:
             waves = [llm.generate(prompts[:12], params[:12], ignore_eos=True), llm.generate(prompts, params, ignore_eos=True)]
             found.append([tokens(wave) for wave in waves])
             llm.batcher.check_integrity()
@@ -45,8 +56,14 @@ def test_overlapping_prompts_give_the_same_tokens_with_and_without(blocks: int, 
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("slots", "tp", "pp"), [(60, 1, 1), (5, 1, 1), (60, 1, 2), (60, 2, 1), (7, 2, 2)])
-def test_what_went_to_the_host_and_came_back_gives_the_same_tokens(slots: int, tp: int, pp: int) -> None:
+@pytest.mark.parametrize(
+    ("slots", "tp", "pp", "kv_dtype"),
+    [
+        *((60, 1, 1, "auto"), (5, 1, 1, "auto"), (60, 1, 2, "auto"), (60, 2, 1, "auto"), (7, 2, 2, "auto")),
+        *((60, 1, 1, "int8"), (7, 2, 2, "int8"), (60, 1, 1, "fp8")),
+    ],
+)
+def test_what_went_to_the_host_and_came_back_gives_the_same_tokens(slots: int, tp: int, pp: int, kv_dtype: str) -> None:
     """Conversations in turn that don't fit the pool together, on a host with room for all of them, or for little."""
     draw = random.Random(slots)
     histories = [draw.choices(range(3, 2000), k=draw.randint(20, 60)) for _ in range(6)]
@@ -54,11 +71,11 @@ def test_what_went_to_the_host_and_came_back_gives_the_same_tokens(slots: int, t
         [(number, draw.choices(range(3, 2000), k=draw.randint(1, 9))) for number in draw.sample(range(6), 4)] for _ in range(4)
     ]
     params = SamplingParams(temperature=0.8, seed=3, max_tokens=8)
-    block = 16 * 4096 // (tp * pp)
+    block = 16 * TOKEN_BYTES[kv_dtype] // (tp * pp)
     found, loaded = [], []
     for host in (slots * block, 0):
         sizes = {"kv_memory": 16 * block, "max_model_len": 192, "max_num_batched_tokens": 64, "max_num_seqs": 4}
-        with load("on", tp=tp, pp=pp, host_kv_memory=host, **sizes) as llm:
+        with load("on", tp=tp, pp=pp, host_kv_memory=host, kv_dtype=kv_dtype, **sizes) as llm:
             told = [list(history) for history in histories]
             for turn in turns:
                 for number, said in turn:

@@ -147,7 +147,7 @@ def test_attention_is_the_reference(
         pool.values.copy_(context[1])
         own = [x.to(pool.keys.device, pool.keys.dtype) for x in (queries, keys, values)]
         pool.write(1, torch.from_numpy(paged.slots(paged.positions())).to(pool.keys.device), *own[1:])
-        outputs.append(make_attention(backend, pool, [None, window]).prepare(paged).attend(1, *own))
+        outputs.append(make_attention(backend, pool, [None, window], pool.dtype).prepare(paged).attend(1, *own))
     torch.testing.assert_close(outputs[1].float().cpu(), outputs[0], atol=near, rtol=near)
 
 
@@ -177,10 +177,11 @@ def test_the_pool_leaves_room(models: dict[str, TinyModel]) -> None:
     torch.cuda.empty_cache()  # as size_pool does before it looks
     free = torch.cuda.mem_get_info()[0]
     part = partition(shape)
-    blocks = size_pool(Config(model="m"), shape, part, 256, torch.float32, GPU)
+    blocks = size_pool(Config(model="m"), shape, part, 256, torch.float32, torch.float32, GPU)
     assert blocks == 64 * 16 + 1
-    taken = size_pool(config, shape, part, 256, torch.float32, GPU) * part.kv_bytes_per_token(shape, 4) * config.block_size
-    room = scratch_bytes(config, shape, 256, torch.float32) + (1 << 30)
+    blocks = size_pool(config, shape, part, 256, torch.float32, torch.float32, GPU)
+    taken = blocks * part.kv_bytes_per_token(4 * shape.head_dim) * config.block_size
+    room = scratch_bytes(config, shape, 256, torch.float32, torch.float32) + (1 << 30)
     assert taken > 0
     assert 0.89 * free < taken + room <= 0.9 * free
 

@@ -98,7 +98,7 @@ def test_stages_hold_their_ends_of_the_model() -> None:
     assert [part.embeds for part in parts] == [True, True, False, False, False, False]
     assert [part.judges for part in parts] == [False, False, False, False, True, True]
     assert parts[2].layers == parts[3].layers
-    assert parts[0].kv_bytes_per_token(SHAPE, 4) == 2 * len(parts[0].layers) * 2 * 8 * 4
+    assert parts[0].kv_bytes_per_token(8 * 4) == 2 * len(parts[0].layers) * 2 * 8 * 4
 
 
 def test_plans_reach_every_rank_once() -> None:

@@ -26,9 +26,9 @@ NOTHING: dict[str, list[str]] = {"actors": [], "groups": [], "workers": []}
 
 @pytest.fixture(scope="module")
 def pair(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two engines of the demo."""
+    """Two engines of the demo, with keys and values in int8."""
     log = tmp_path_factory.mktemp("pair") / "log"
-    server = start_server(log, str(DEMO_MODEL), "--engines", "2", *SMALL, nodes=nodes)
+    server = start_server(log, str(DEMO_MODEL), "--engines", "2", "--kv-dtype", "int8", *SMALL, nodes=nodes)
     yield server
     if server.process.poll() is None:
         server.stop()

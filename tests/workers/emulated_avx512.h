@@ -48,6 +48,26 @@ inline __m512i widen(__m256i v) {
     return (__m512i)r;
 }
 
+template <class T>
+inline __m512i widen_bytes(__m128i v) {
+    T from[16];
+    memcpy(from, &v, 16);
+    U16 r;
+    for (int i = 0; i < 16; i++) r[i] = (uint32_t)from[i];
+    return (__m512i)r;
+}
+
+inline __m512 widen_halves(__m256i v) {
+    __m128i from[2];
+    memcpy(from, &v, 32);
+    __m512 r;
+    for (int i = 0; i < 2; i++) {
+        const __m256 some = _mm256_cvtph_ps(from[i]);
+        memcpy(reinterpret_cast<char*>(&r) + 32 * i, &some, 32);
+    }
+    return r;
+}
+
 inline __m256i narrow(__m512i v) {
     uint16_t to[16];
     for (int i = 0; i < 16; i++) to[i] = (uint16_t)((U16)v)[i];
@@ -130,6 +150,9 @@ inline __m512i dpbusd(__m512i sum, __m512i a, __m512i b) {
 #undef _mm512_extractf32x8_ps
 #define _mm512_extractf32x8_ps emulated::half
 #define _mm512_cvtepu16_epi32 emulated::widen
+#define _mm512_cvtepu8_epi32 emulated::widen_bytes<uint8_t>
+#define _mm512_cvtepi8_epi32 emulated::widen_bytes<int8_t>
+#define _mm512_cvtph_ps emulated::widen_halves
 #undef _mm512_slli_epi32
 #define _mm512_slli_epi32(v, n) ((__m512i)((emulated::U16)(v) << (n)))
 #define _mm512_cvtepi32_epi16 emulated::narrow

@@ -65,11 +65,14 @@ static void run(int threads_count) {
     for (int64_t i = 0; i < hidden; i++) norm.at[i] = 1.0f;
     for (int64_t i = 0; i < size; i++) head_norm.at[i] = 1.0f;
     const int64_t slots = blocks * block;
-    Exact<W> keys(slots * kv_heads * size), values(slots * kv_heads * size);
-    std::fill_n(keys.at, slots * kv_heads * size, W{});
-    std::fill_n(values.at, slots * kv_heads * size, W{});
+    const int64_t form = between(FLOAT32, FP8);
+    int64_t bytes = 0;
+    with_form(form, [&](auto kept) { bytes = slots * row_size<decltype(kept)>(kv_heads, size) * sizeof kept; });
+    Exact<char> keys(bytes), values(bytes);
+    std::fill_n(keys.at, bytes, 0);
+    std::fill_n(values.at, bytes, 0);
     const float* qk = between(0, 1) ? head_norm.at : nullptr;
-    const Layer layer{norm.at, norm.at, qk, qk, qkv.get(), output.get(), gate_up.get(), down.get(), keys.at, values.at, between(0, 1) * between(1, 40)};
+    const Layer layer{norm.at, norm.at, qk, qk, qkv.get(), output.get(), gate_up.get(), down.get(), keys.at, values.at, form, between(0, 1) * between(1, 40)};
 
     std::vector<int64_t> start, end, first_row{0}, tables, first_block{0}, positions, where;
     for (int64_t left = between(1, 4), next = 1; left > 0 && next + 8 < blocks; left--) {

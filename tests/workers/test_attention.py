@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import ConfigError
+from kv.formats import DTYPES
 from kv.pool import KVPool
 from tests.workers.spans import make_span
 from workers.attention import PagedSpans, make_attention
@@ -37,17 +38,18 @@ def attend(
     dim: int,
     dtype: torch.dtype,
     window: int | None = None,
+    kept: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, KVPool, torch.Tensor]:
     """Random context and queries through backend `name`; returns outputs, pool and queries."""
     torch.manual_seed(1)
-    pool = KVPool(2, num_blocks, BLOCK, kv_heads, dim, dtype, torch.device("cpu"))
-    pool.keys.normal_()
-    pool.values.normal_()
+    pool = KVPool(2, num_blocks, BLOCK, kv_heads, dim, kept or dtype, torch.device("cpu"))
+    every = torch.arange(num_blocks * BLOCK)
+    pool.write(1, every, *torch.randn(2, len(every), kv_heads, dim))
     paged = PagedSpans.of(spans, BLOCK)
     rows = int(paged.first_row[-1])
     queries, keys, values = (torch.randn(rows, n, dim).to(dtype) for n in (heads, kv_heads, kv_heads))
     pool.write(1, torch.from_numpy(paged.slots(paged.positions())), keys, values)
-    return make_attention(name, pool, [None, window]).prepare(paged).attend(1, queries, keys, values), pool, queries
+    return make_attention(name, pool, [None, window], dtype).prepare(paged).attend(1, queries, keys, values), pool, queries
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), min_size=1, max_size=9))
@@ -90,14 +92,15 @@ def test_the_reference_is_the_textbook_formula(window: int | None) -> None:
     st.lists(st.tuples(st.integers(0, 60), st.sampled_from([1, 1, 1, 2, 5, 17])), min_size=1, max_size=24),
     st.sampled_from([(4, 4, 8), (6, 2, 16), (5, 1, 10)]),
     st.sampled_from([None, 1, 3, 4, 7, 16, 50, 100]),
+    st.sampled_from([None, None, *DTYPES.values()]),
 )
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=90, derandomize=True)
 def test_the_portable_backend_is_the_reference(
-    sizes: list[tuple[int, int]], model: tuple[int, int, int], window: int | None
+    sizes: list[tuple[int, int]], model: tuple[int, int, int], window: int | None, kept: torch.dtype | None
 ) -> None:
     spans, num_blocks = lay_out([(start, start + n) for start, n in sizes])
-    expected, _, _ = attend("reference", spans, num_blocks, *model, torch.float32, window)
-    actual, _, _ = attend("torch", spans, num_blocks, *model, torch.float32, window)
+    expected, _, _ = attend("reference", spans, num_blocks, *model, torch.float32, window, kept)
+    actual, _, _ = attend("torch", spans, num_blocks, *model, torch.float32, window, kept)
     torch.testing.assert_close(actual, expected, atol=2e-6, rtol=1e-5)
 
 
@@ -116,7 +119,7 @@ def test_many_decodes_of_many_lengths_are_cut_into_groups() -> None:
     expected, pool, _ = attend("reference", spans, num_blocks, 4, 2, 8, torch.float32)
     actual, _, _ = attend("torch", spans, num_blocks, 4, 2, 8, torch.float32)
     torch.testing.assert_close(actual, expected, atol=2e-6, rtol=1e-5)
-    groups = PortableAttention(pool, [None]).prepare(PagedSpans.of(spans, BLOCK)).views[None].groups
+    groups = PortableAttention(pool, [None], torch.float32).prepare(PagedSpans.of(spans, BLOCK)).views[None].groups
     assert 3 <= len(groups) < len(spans)
     assert sum(group.size for group in groups) == len(spans)
 
@@ -124,14 +127,14 @@ def test_many_decodes_of_many_lengths_are_cut_into_groups() -> None:
 def test_a_window_reads_no_more_blocks_than_it_covers() -> None:
     spans, num_blocks = lay_out([(99, 100), (98, 99), (40, 57), (2, 3), (0, 9)])
     pool = KVPool(1, num_blocks, BLOCK, 1, 2, torch.float32, torch.device("cpu"))
-    (view,) = PortableAttention(pool, [6]).prepare(PagedSpans.of(spans, BLOCK)).views.values()
+    (view,) = PortableAttention(pool, [6], torch.float32).prepare(PagedSpans.of(spans, BLOCK)).views.values()
     assert [group.blocks.shape[0] // group.size for group in view.groups] == [2]
     assert [None if span.blocks is None else len(span.blocks) for span in view.long] == [7, None]
 
 
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(ConfigError, match="flash"):
-        make_attention("flash", KVPool(1, 2, 4, 1, 2, torch.float32, torch.device("cpu")), [None])
+        make_attention("flash", KVPool(1, 2, 4, 1, 2, torch.float32, torch.device("cpu")), [None], torch.float32)
 
 
 @pytest.mark.parametrize(("per_head", "dim"), [(1, 64), (1, 32), (2, 32), (3, 16), (3, 128), (5, 64), (7, 32)])
@@ -141,7 +144,7 @@ def test_a_decode_has_the_same_bits_alone_and_in_a_batch_on_two_threads(per_head
     try:
         spans, num_blocks = lay_out([(length - 1, length) for length in [40] * 8])
         together, pool, queries = attend("torch", spans, num_blocks, 2 * per_head, 2, dim, torch.float32)
-        backend = PortableAttention(pool, [None, None])
+        backend = PortableAttention(pool, [None, None], torch.float32)
         for row, span in enumerate(spans):
             query = queries[row : row + 1]
             alone = backend.prepare(PagedSpans.of([span], BLOCK)).attend(1, query, query[:, :2], query[:, :2])

@@ -5,6 +5,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,11 +51,10 @@ def request(id: str, length: int, n: int, params: SamplingParams, told: int | No
     )
 
 
-def answers(model: TinyModel, tp: int, pp: int) -> tuple[dict[tuple[str, int], list[TokenDelta]], int]:
+def answers(model: TinyModel, tp: int, pp: int, **settings: Any) -> tuple[dict[tuple[str, int], list[TokenDelta]], int]:
     """Deltas by (request, choice), and how often a sequence was preempted: the pool is too small for all."""
-    config = Config(
-        str(model.path), dtype="float32", device="cpu", block_size=8, tp=tp, pp=pp, max_num_batched_tokens=24, max_num_seqs=12
-    )
+    sizes: dict[str, Any] = {"block_size": 8, "max_num_batched_tokens": 24, "max_num_seqs": 12}
+    config = Config(str(model.path), dtype="float32", device="cpu", tp=tp, pp=pp, **sizes, **settings)
     ranks = LocalRanks(open_model(str(model.path)), config, num_blocks=30)
     batch = batch_settings(config, ranks.num_blocks, ranks.max_model_len)
     batcher = Batcher(batch, KVManager(batch))
@@ -102,6 +102,20 @@ def test_divided_and_whole_say_the_same(models: dict[str, TinyModel], kind: str)
         for key in told:
             torch.testing.assert_close(logprobs(divided[key]), logprobs(whole[key]), atol=2e-4, rtol=0)
     assert preemptions > 0
+
+
+@pytest.mark.parametrize(("kv_dtype", "kernels"), [("int8", "native"), ("fp8", "native"), ("int8", "torch")])
+def test_divided_and_whole_say_the_same_with_quantized_keys_and_values(
+    models: dict[str, TinyModel], kv_dtype: str, kernels: str
+) -> None:
+    """All of them, with sequences that are preempted and computed again."""
+    model = models["qwen3-tied-bias"]
+    whole, preemptions = answers(model, 1, 1, kv_dtype=kv_dtype, kernels=kernels)
+    assert preemptions > 0
+    for tp, pp in ((2, 1), (1, 2)):
+        divided, preempted = answers(model, tp, pp, kv_dtype=kv_dtype, kernels=kernels)
+        assert preempted > 0
+        assert {key: tokens(deltas) for key, deltas in divided.items()} == {key: tokens(deltas) for key, deltas in whole.items()}
 
 
 def test_each_rank_holds_its_part_only(models: dict[str, TinyModel]) -> None:

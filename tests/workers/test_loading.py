@@ -1,5 +1,6 @@
 """Checkpoints: what is accepted, what is refused and how it is said; dtype, device and pool size."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from cluster.model import open_model
 from parallel.partition import partition
 from tests.workers.driver import generate, greedy
 from tests.workers.models import MAX_LEN, TinyModel, make_model, prompt
-from workers.device import resolve_device, resolve_dtype, resolve_max_model_len, size_pool
+from workers.device import resolve_device, resolve_dtype, resolve_kv_dtype, resolve_max_model_len, size_pool
 from workers.kernels import TorchKernels
 from workers.loader import load_decoder
 from workers.runner import load_runner
@@ -162,7 +163,7 @@ def test_the_pool_takes_what_it_may_and_no_more_than_it_needs(
 
     def blocks(**settings: int) -> int:
         config = Config(model="m", **settings)  # type: ignore[arg-type]
-        return size_pool(config, shape, partition(shape), MAX_LEN, torch.float32, CPU)
+        return size_pool(config, shape, partition(shape), MAX_LEN, torch.float32, torch.float32, CPU)
 
     assert blocks(kv_memory=10 * block) == 10
     assert blocks(kv_memory=11 * block - 1) == 10
@@ -182,3 +183,31 @@ def test_the_runner_sizes_its_own_pool(tiny_models: dict[str, TinyModel]) -> Non
     assert (runner.num_blocks, runner.max_model_len) == (2 * 7 + 1, 100)
     with pytest.raises(ConfigError, match="num_blocks is 1"):
         load_runner(open_model(path), Config(model=path, device="cpu"), num_blocks=1)
+
+
+@pytest.mark.parametrize(("head_dim", "times"), [(128, 1.8), (32, 1.7)])
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_quantized_keys_and_values_of_nearly_twice_the_sequences_fit(
+    tiny_models: dict[str, TinyModel], kv_dtype: str, head_dim: int, times: float
+) -> None:
+    shape = dataclasses.replace(open_model(str(tiny_models["llama"].path)).shape, head_dim=head_dim)
+    config = Config(model="m", kv_memory=64 << 20, max_num_seqs=10**6, max_num_batched_tokens=10**6)
+
+    def sequences(kept: str) -> float:
+        """Of 200 tokens, without the null block."""
+        dtype = resolve_kv_dtype(kept, torch.bfloat16)
+        return (size_pool(config, shape, partition(shape), MAX_LEN, torch.bfloat16, dtype, CPU) - 1) / -(-200 // 16)
+
+    assert sequences("auto") == sequences("bfloat16") == sequences("float16") > 100
+    assert times * sequences("bfloat16") <= sequences(kv_dtype) < 2 * sequences("bfloat16")
+    assert sequences("float32") == pytest.approx(sequences("bfloat16") / 2, rel=0.01)
+
+
+def test_a_pool_takes_the_memory_it_was_given(tiny_models: dict[str, TinyModel]) -> None:
+    path = str(tiny_models["llama"].path)
+    for kv_dtype in ("auto", "int8", "fp8"):
+        runner = load_runner(open_model(path), Config(path, device="cpu", kv_memory=100_000, kv_dtype=kv_dtype))
+        pool = runner.pool
+        assert 100_000 - pool.bytes_per_block < pool.keys.nbytes + pool.values.nbytes <= 100_000
+        assert pool.dtype == resolve_kv_dtype(kv_dtype, runner.decoder.dtype)
+        assert str(pool.dtype) in runner.layout, "a pull from a pool of another kind is refused"

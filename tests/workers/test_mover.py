@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cluster.protocol import Give, Moved, Take
+from kv.formats import DTYPES
 from kv.pool import KVPool
 from workers import mover as movers
 from workers.mover import Mover
@@ -23,8 +24,8 @@ class Rank:
 
     def __init__(self, rank: int, dtype: torch.dtype = torch.float32) -> None:
         self.pool = KVPool(2, 12, 4, 2, 8, dtype, CPU)
-        self.pool.keys.copy_(torch.randn(self.pool.keys.shape))
-        self.pool.values.copy_(torch.randn(self.pool.keys.shape))
+        for layer in range(2):
+            self.pool.write(layer, torch.arange(12 * 4), torch.randn(12 * 4, 2, 8), torch.randn(12 * 4, 2, 8))
         self.said: queue.SimpleQueue[Moved] = queue.SimpleQueue()
         self.mover = Mover(self.pool, "127.0.0.1", epoch=5, rank=rank, report=self.said.put)
 
@@ -41,10 +42,10 @@ def take(pull: str, taker: Rank, peer: str = "a.5", after: int = -1, within_s: f
     return Take(epoch=5, pull=pull, peer=peer, store=taker.mover.store, blocks=THERE, after=after, within_s=within_s)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_blocks_arrive_and_nothing_else_changes(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(movers, "_PIECE_BYTES", 3 * 2 * 2 * 4 * 2 * 8 * dtype.itemsize)  # three blocks, then one
     source, target = Rank(0, dtype), Rank(1, dtype)
+    monkeypatch.setattr(movers, "_PIECE_BYTES", 3 * source.pool.bytes_per_block)  # three blocks, then one
     wanted_keys, wanted_values = target.pool.keys.clone(), target.pool.values.clone()
     wanted_keys[:, THERE], wanted_values[:, THERE] = source.pool.keys[:, BLOCKS], source.pool.values[:, BLOCKS]
     for pull in ("first", "again"):

@@ -154,6 +154,17 @@ def test_all_tokens_are_those_without(plain: LLM, load: Callable[..., LLM], grid
     assert llm.stats().blocks_used == 0
 
 
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_speculation_changes_no_token_over_quantized_keys_and_values(load: Callable[..., LLM], model: Path, kv_dtype: str) -> None:
+    prompts, params = requests(60, 11)
+    wanted = load(kv_dtype=kv_dtype).generate(prompts, params, ignore_eos=True)
+    for settings in ({"speculative": "lookup"}, {"speculative": "draft", "draft_model": str(model)}):
+        llm = load(kv_dtype=kv_dtype, **settings)
+        for _ in range(2):
+            check(llm.generate(prompts, params, ignore_eos=True), wanted)
+        assert llm.batcher.counters.accepted > 0
+
+
 @pytest.mark.parametrize("settings", [{}, {"tp": 2}, {"pp": 2}, {"blocks": 8, "max_num_seqs": 5}, {"prefix_cache": "off"}])
 def test_lookup_changes_no_token(plain: LLM, load: Callable[..., LLM], settings: dict[str, Any]) -> None:
     prompts, params = requests(60, 7)

@@ -7,6 +7,7 @@ Queries come flat, [num_tokens, num_heads, head_dim]: this is the one operator t
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from cluster.config import ConfigError
@@ -25,7 +26,7 @@ class AttentionStep(Protocol):
         """queries [num_tokens, num_heads, head_dim] -> [num_tokens, num_heads * head_dim], contiguous.
 
         keys and values [num_tokens, num_kv_heads, head_dim] are the batch's own, which the pool holds already: a span that
-        begins at position 0 may attend to them without reading the pool.
+        begins at position 0 may attend to them without reading a pool that keeps them as they are.
         """
 
 
@@ -36,10 +37,11 @@ class AttentionBackend(Protocol):
         """Build the metadata of one iteration."""
 
 
-def make_attention(name: str, pool: KVPool, windows: Sequence[int | None]) -> AttentionBackend:
-    """The backend of torch's operators that `Config.kernels` names, for layers with these sliding windows (see ModelShape)."""
+def make_attention(name: str, pool: KVPool, windows: Sequence[int | None], dtype: torch.dtype) -> AttentionBackend:
+    """The backend of torch's operators that `Config.kernels` names, for layers with these sliding windows (see ModelShape) and
+    queries in dtype."""
     if name == "reference":
         return ReferenceAttention(pool, windows)
     if name == "torch":
-        return PortableAttention(pool, windows)
+        return PortableAttention(pool, windows, dtype)
     raise ConfigError(f"attention by '{name}'; choose one of torch, reference")

@@ -3,7 +3,8 @@
 Decodes (spans of one query) are sorted by length and run in groups of like length, each one padded call: a call per sequence
 costs more than the padding does, one call for all costs more than it saves. The heads of a group share keys and values, so they
 become the query rows of one head of the call (a head per query head would read the context once for each). Longer spans run one
-by one. A span that begins at position 0 needs nothing from the pool. Layers with the same sliding window share the metadata, and
+by one. A span that begins at position 0 needs nothing from a pool that
+keeps what it is given. Layers with the same sliding window share the metadata, and
 read only the blocks that the window leaves.
 """
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kv.formats import DEQUANTIZED_BYTES
 from kv.pool import KVPool
 from workers.attention.spans import PagedSpans
 
@@ -49,7 +51,7 @@ class LongSpan:
     length: int
     """Positions of the context, from where its first block begins to the last query."""
     blocks: Tensor | None
-    """[blocks of the context] int64, or None for a span that begins at position 0."""
+    """[blocks of the context] int64, or None where the batch's own keys and values are the context."""
     bias: Tensor | None
     """[queries, length]: 0 where a query may look, else -inf; None where each sees all up to itself."""
 
@@ -65,11 +67,14 @@ class View:
 class PortableAttention:
     """Holds the pool and the memory to gather into, which grows to the largest group and is kept."""
 
-    def __init__(self, pool: KVPool, windows: Sequence[int | None]) -> None:
-        """windows: per layer, see ModelShape."""
+    def __init__(self, pool: KVPool, windows: Sequence[int | None], dtype: torch.dtype) -> None:
+        """windows: per layer, see ModelShape. dtype: of queries."""
         self.pool = pool
         self.windows = windows
-        self._gathered = torch.empty(2, 0, dtype=pool.keys.dtype, device=pool.keys.device)
+        self.dtype = dtype
+        self._kept_otherwise = pool.quantized or pool.dtype != dtype
+        """Whether what a batch has just written is read otherwise than it was."""
+        self._room = pool.room_to_read(0)
 
     def prepare(self, spans: PagedSpans) -> "PortableStep":
         """Sort, group and pad; see AttentionBackend."""
@@ -82,18 +87,9 @@ class PortableAttention:
 
     def gather(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of blocks [n] int64, [n * block_size, num_kv_heads, head_dim] each; valid until the next call."""
-        pool = self.pool
-        num_blocks, block_size, num_kv_heads, head_dim = pool.keys.shape[1:]
-        width = block_size * num_kv_heads * head_dim
-        needed = len(blocks) * width
-        if self._gathered.shape[1] < needed:
-            self._gathered = torch.empty(2, needed, dtype=pool.keys.dtype, device=pool.keys.device)
-        taken = [
-            torch.index_select(source[layer].view(num_blocks, width), 0, blocks, out=self._gathered[i, :needed].view(-1, width))
-            for i, source in enumerate((pool.keys, pool.values))
-        ]
-        shape = (len(blocks) * block_size, num_kv_heads, head_dim)
-        return taken[0].view(shape), taken[1].view(shape)
+        if self._room.shape[1] < len(blocks):
+            self._room = self.pool.room_to_read(len(blocks))
+        return self.pool.read(layer, blocks, self.dtype, self._room)
 
     def _view(self, spans: PagedSpans, singles: NDArray[np.int64], long: NDArray[np.int64]) -> View:
         counts = np.maximum.accumulate(spans.num_blocks[singles])  # a window's ends differ by a block
@@ -102,8 +98,9 @@ class PortableAttention:
 
     def _cut(self, num_blocks: NDArray[np.int64]) -> list[tuple[int, int]]:
         """Ranges [first, last) of decodes, sorted by length, that run together."""
-        block_bytes = self.pool.keys[0, 0].nbytes
-        device = self.pool.keys.device.type
+        pool, device = self.pool, self.pool.device.type
+        per_number = DEQUANTIZED_BYTES if pool.quantized else self.dtype.itemsize
+        block_bytes = pool.block_size * pool.num_kv_heads * pool.head_dim * per_number
         most = max(1, _GROUP_BYTES[device] // block_bytes)
         cuts: list[tuple[int, int]] = []
         first = wasted = 0
@@ -125,17 +122,17 @@ class PortableAttention:
     def _long_span(self, spans: PagedSpans, i: int) -> LongSpan:
         rows = slice(int(spans.first_row[i]), int(spans.first_row[i + 1]))
         begin, start, end = int(spans.begin[i]), int(spans.start[i]), int(spans.end[i])
-        blocks = self._indices(spans.table(i)) if start > 0 else None
+        blocks = self._indices(spans.table(i)) if start > 0 or self._kept_otherwise else None
         if start == 0 and (spans.window is None or spans.window >= end):
-            return LongSpan(rows, end, None, None)
+            return LongSpan(rows, end, blocks, None)
         hidden = spans.hidden(np.arange(start, end)[:, None], np.arange(begin, end))
         return LongSpan(rows, end - begin, blocks, self._bias(hidden))
 
     def _indices(self, blocks: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(blocks).to(self.pool.keys.device, non_blocking=True)
+        return torch.from_numpy(blocks).to(self.pool.device, non_blocking=True)
 
     def _bias(self, hidden: NDArray[np.bool_]) -> Tensor:
-        bias = torch.zeros(hidden.shape, dtype=self.pool.keys.dtype, device=self.pool.keys.device)
+        bias = torch.zeros(hidden.shape, dtype=self.dtype, device=self.pool.device)
         return bias.masked_fill_(torch.from_numpy(hidden).to(bias.device, non_blocking=True), -math.inf)
 
 

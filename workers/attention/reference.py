@@ -36,8 +36,7 @@ class ReferenceStep:
         for i, (start, end) in enumerate(zip(self.spans.start.tolist(), self.spans.end.tolist(), strict=True)):
             table = torch.from_numpy(self.spans.table(i)).to(queries.device)
             rows = slice(int(self.spans.first_row[i]), int(self.spans.first_row[i + 1]))
-            context_k = self.pool.keys[layer, table].flatten(0, 1)[:end].float()
-            context_v = self.pool.values[layer, table].flatten(0, 1)[:end].float()
+            context_k, context_v = (context[:end] for context in self.pool.read(layer, table, torch.float32))
             outputs.append(causal_attention(queries[rows].float(), context_k, context_v, start, self.windows[layer]))
         return torch.cat(outputs).flatten(1).to(queries.dtype)
 

@@ -10,13 +10,14 @@
 #include <cmath>
 #include <vector>
 
+#include "kv.h"
 #include "simd.h"
 #include "threads.h"
 
 constexpr int TILE = 32;
 constexpr int TASK_ROWS = 32;  // rows (queries x their heads) of a task, where one query's heads are no more
 
-// One layer's KV as bytes of K [blocks, block_size, kv_heads, head_dim], and how spans lie in it. See workers/attention/spans.py.
+// How spans lie in a pool [blocks, block_size, row_size()]. See workers/attention/spans.py.
 struct Paged {
     int64_t num_spans, block_size, num_heads, num_kv_heads, head_dim;
     const int64_t* start;        // [num_spans]
@@ -51,6 +52,8 @@ inline std::vector<Task> tasks_of(const Paged& paged, int threads) {
 struct AttentionScratch {
     std::vector<float> tile, zeros, scores, sums, largest, total;
     std::vector<const float*> queries;
+    std::vector<float> query_sums, shifts;               // of rows: elements summed up, minimums of values weighed
+    std::vector<float> scales[2], minimums[2];           // of keys and of values: [heads][TILE]
 
     // For a task of so many rows, nothing summed up yet.
     void begin(int64_t rows, int64_t padded) {
@@ -61,11 +64,23 @@ struct AttentionScratch {
         std::fill_n(total.begin(), rows, 0.0f);
         std::fill_n(largest.begin(), rows, -INFINITY);
     }
+
+    // The same for what keys and values of a quantized pool take besides.
+    void begin_quantized(int64_t rows, int64_t heads, int64_t padded) {
+        query_sums.resize(rows);
+        shifts.assign(rows, 0.0f);
+        for (int i = 0; i < 2; i++) scales[i].resize(heads * TILE), minimums[i].resize(heads * TILE);
+        for (int64_t row = 0; row < rows; row++) {
+            Floats whole = {};
+            for (int64_t d = 0; d < padded; d += LANES) whole += load(queries[row] + d);
+            query_sums[row] = sum(whole);
+        }
+    }
 };
 
-// Where positions [first, first + count) of a span lie in a pool.
-inline void locate(const Paged& paged, int64_t span, int64_t first, int64_t count, int64_t* to) {
-    const int64_t size = paged.block_size, width = paged.num_kv_heads * paged.head_dim;
+// Where positions [first, first + count) of a span lie in a pool with rows of `width`.
+inline void locate(const Paged& paged, int64_t span, int64_t first, int64_t count, int64_t width, int64_t* to) {
+    const int64_t size = paged.block_size;
     const int64_t* block = paged.tables + paged.first_block[span] + first / size;
     int64_t offset = first % size, t = 0;
     while (t < count) {
@@ -75,14 +90,16 @@ inline void locate(const Paged& paged, int64_t span, int64_t first, int64_t coun
     }
 }
 
-// Rows [size] as fp32 [count, padded] at `tile`, whose padding is zero.
+// Vectors [size] as fp32 [count, padded] at `tile`, whose padding is zero.
 template <class KV>
 inline void lay_out(const KV* const* rows, int64_t offset, int64_t count, int64_t size, int64_t padded, float* tile) {
     for (int64_t t = 0; t < count; t++, tile += padded) {
         const KV* row = rows[t] + offset;
         int64_t d = 0;
         for (; d + LANES <= size; d += LANES) store(tile + d, load(row + d));
-        for (; d < size; d++) tile[d] = sizeof(KV) == 2 ? widen((bf16)row[d]) : (float)row[d];
+        if (d == size) continue;
+        const Floats last = load_some(row + d, size - d);
+        memcpy(tile + d, &last, (size - d) * sizeof(float));
     }
 }
 
@@ -177,6 +194,15 @@ inline void weigh_all(const Context<KV>& context, const float* weights, int64_t 
         }
 }
 
+// Parameters of `count` rows' vectors of heads [head, head + heads) -> [heads][TILE]; what is behind `count` stays.
+template <class KV>
+inline void take_parameters(const KV* const* rows, int64_t count, const Paged& paged, int64_t head, int64_t heads, float* scales,
+                            float* minimums) {
+    for (int64_t t = 0; t < count; t++)
+        for (int64_t h = 0; h < heads; h++)
+            parameters(rows[t], paged.num_kv_heads, paged.head_dim, head + h, scales[h * TILE + t], minimums[h * TILE + t]);
+}
+
 inline Ints steps() {
     Ints v;
     for (int i = 0; i < LANES; i++) v[i] = i;
@@ -184,7 +210,8 @@ inline Ints steps() {
 }
 
 // Scores of one row become weights; what was summed up so far is scaled to the new maximum.
-inline void soften(float* scores, int64_t from, int64_t to, float scale, int64_t padded, float* sums, float& most, float& total) {
+inline void soften(float* scores, int64_t from, int64_t to, float scale, int64_t padded, float* sums, float& most, float& total,
+                   float& shift) {
     if (from >= to) {
         memset(scores, 0, TILE * sizeof(float));
         return;
@@ -207,28 +234,53 @@ inline void soften(float* scores, int64_t from, int64_t to, float scale, int64_t
     if (raised != most) {
         const float factor = most == -INFINITY ? 0.0f : exp(all(most - raised))[0];
         for (int64_t d = 0; d < padded; d += LANES) store(sums + d, load(sums + d) * factor);
-        total *= factor;
+        total *= factor, shift *= factor;
         most = raised;
     }
     total += sum(mass);
 }
 
-// queries [num_tokens, num_heads, padded] fp32, padded with zeros; put(row, head, d, sums): LANES of an output from dimension d on.
-// window: positions that a query sees, its own included; 0: all.
-template <class KV, class P>
+// The scores of one row with codes become those with numbers.
+template <class KV>
+inline void scale_scores(float* scores, const float* scales, const float* minimums, float query_sum) {
+    for (int t = 0; t < TILE; t += LANES) {
+        const Floats scaled = load(scores + t) * load(scales + t);
+        store(scores + t, PARAMETERS<KV> == 2 ? fma(load(minimums + t), all(query_sum), scaled) : scaled);
+    }
+}
+
+// The weights of one row for numbers become those for codes; the part of the minimums is added to `shift`.
+template <class KV>
+inline void scale_weights(float* weights, const float* scales, const float* minimums, float& shift) {
+    Floats moved = {};
+    for (int t = 0; t < TILE; t += LANES) {
+        const Floats weight = load(weights + t);
+        if (PARAMETERS<KV> == 2) moved = fma(weight, load(minimums + t), moved);
+        store(weights + t, weight * load(scales + t));
+    }
+    if (PARAMETERS<KV> == 2) shift += sum(moved);
+}
+
+// queries [num_tokens, num_heads, padded] fp32, padded with zeros -> scratch.sums [heads of the task, rows, padded], for put_attended.
+// keys, values: a layer's. window: positions that a query sees, its own included; 0: all.
+template <class KV>
 void attend(const Paged& paged, const Task& task, const float* queries, int64_t padded, const KV* keys, const KV* values, int64_t window,
-            AttentionScratch& scratch, const P& put) {
+            AttentionScratch& scratch) {
+    constexpr bool QUANTIZED = PARAMETERS<KV> > 0;
     const int64_t group = paged.num_heads / paged.num_kv_heads, rows = task.count * group, size = paged.head_dim;
     const int64_t row0 = paged.first_row[task.span] + task.first, position0 = paged.start[task.span] + task.first;
+    const int64_t width = row_size<KV>(paged.num_kv_heads, size);
     const float scale = 1.0f / std::sqrt((float)size);
     scratch.begin(task.heads * rows, padded);
     for (int64_t i = 0; i < task.heads * rows; i++) {
         const int64_t row = i % rows, head = (task.head + i / rows) * group + row % group;
         scratch.queries[i] = queries + ((row0 + row / group) * paged.num_heads + head) * padded;
     }
+    if (QUANTIZED) scratch.begin_quantized(task.heads * rows, task.heads, padded);
     // What only a row or two will read is read where it is; else it is converted once.
     const bool direct = padded == size && (sizeof(KV) == 4 || rows <= 2);
-    const KV *nothing = reinterpret_cast<const KV*>(scratch.zeros.data()), *own_keys = keys + task.head * size, *own_values = values + task.head * size;
+    const KV* nothing = reinterpret_cast<const KV*>(scratch.zeros.data());
+    const int64_t own = task.head * size;
     Context<KV> there{};
     there.heads = task.heads, there.size = size, there.padded = padded;
     Context<float> here{};
@@ -238,10 +290,12 @@ void attend(const Paged& paged, const Task& task, const float* queries, int64_t 
 
     const int64_t end = position0 + task.count, begin = window ? std::max<int64_t>(0, position0 + 1 - window) : 0;
     int64_t places[TILE], first = begin / TILE * TILE;
+    const KV *key_rows[TILE], *value_rows[TILE];
     auto look_at = [&](int64_t from) {
         there.coming = std::max<int64_t>(0, std::min<int64_t>(TILE, end - from));
-        locate(paged, task.span, from, there.coming, places);
-        for (int64_t t = 0; t < there.coming; t++) there.next_keys[t] = own_keys + places[t], there.next_values[t] = own_values + places[t];
+        locate(paged, task.span, from, there.coming, width, places);
+        for (int64_t t = 0; t < there.coming; t++)
+            there.next_keys[t] = keys + places[t] + own, there.next_values[t] = values + places[t] + own;
     };
     look_at(first);
     for (; first < end; first += TILE) {
@@ -249,6 +303,17 @@ void attend(const Paged& paged, const Task& task, const float* queries, int64_t 
         for (int64_t t = 0; t < TILE; t++) {
             there.keys[t] = t < there.count ? there.next_keys[t] : nothing;
             there.values[t] = t < there.count ? there.next_values[t] : nothing;
+        }
+        if constexpr (QUANTIZED) {
+            for (int64_t t = 0; t < there.count; t++) key_rows[t] = there.keys[t] - own, value_rows[t] = there.values[t] - own;
+            for (int i = 0; i < 2; i++) {
+                float *scales = scratch.scales[i].data(), *minimums = scratch.minimums[i].data();
+                if (there.count < TILE) {
+                    std::fill_n(scales, task.heads * TILE, 0.0f);
+                    std::fill_n(minimums, task.heads * TILE, 0.0f);
+                }
+                take_parameters(i ? value_rows : key_rows, there.count, paged, task.head, task.heads, scales, minimums);
+            }
         }
         look_at(first + TILE);
         if (direct) {
@@ -259,11 +324,17 @@ void attend(const Paged& paged, const Task& task, const float* queries, int64_t 
                 all_dots(here, scratch.queries.data() + h * rows, rows, scores + h * rows * TILE);
             }
         }
+        float none = 0.0f;
         for (int64_t i = 0; i < task.heads * rows; i++) {
-            const int64_t position = position0 + i % rows / group;
+            const int64_t position = position0 + i % rows / group, at = i / rows * TILE;
             const int64_t from = window ? std::max<int64_t>(0, position + 1 - window - first) : 0;
-            soften(scores + i * TILE, from, std::min<int64_t>(TILE, position + 1 - first), scale, padded, scratch.sums.data() + i * padded,
-                   scratch.largest[i], scratch.total[i]);
+            float &shift = QUANTIZED ? scratch.shifts[i] : none, *own_scores = scores + i * TILE;
+            if constexpr (QUANTIZED)
+                scale_scores<KV>(own_scores, scratch.scales[0].data() + at, scratch.minimums[0].data() + at, scratch.query_sums[i]);
+            soften(own_scores, from, std::min<int64_t>(TILE, position + 1 - first), scale, padded, scratch.sums.data() + i * padded,
+                   scratch.largest[i], scratch.total[i], shift);
+            if constexpr (QUANTIZED)
+                scale_weights<KV>(own_scores, scratch.scales[1].data() + at, scratch.minimums[1].data() + at, shift);
         }
         if (direct) {
             weigh_all(there, scores, rows, scratch.sums.data());
@@ -274,9 +345,21 @@ void attend(const Paged& paged, const Task& task, const float* queries, int64_t 
             }
         }
     }
+    for (int64_t i = 0; i < task.heads * rows; i++)
+        for (int64_t d = 0; d < padded; d += LANES) {
+            float* sums = scratch.sums.data() + i * padded + d;
+            const Floats whole = PARAMETERS<KV> == 2 ? load(sums) + scratch.shifts[i] : load(sums);
+            store(sums, whole / scratch.total[i]);
+        }
+}
+
+// What attend() has left of a task: put(row, head, d, sums): LANES of an output from dimension d on.
+template <class P>
+inline void put_attended(const Paged& paged, const Task& task, int64_t padded, const AttentionScratch& scratch, const P& put) {
+    const int64_t group = paged.num_heads / paged.num_kv_heads, rows = task.count * group;
+    const int64_t row0 = paged.first_row[task.span] + task.first;
     for (int64_t i = 0; i < task.heads * rows; i++) {
         const int64_t row = i % rows, head = (task.head + i / rows) * group + row % group;
-        for (int64_t d = 0; d < padded; d += LANES)
-            put(row0 + row / group, head, d, load(scratch.sums.data() + i * padded + d) / scratch.total[i]);
+        for (int64_t d = 0; d < padded; d += LANES) put(row0 + row / group, head, d, load(scratch.sums.data() + i * padded + d));
     }
 }

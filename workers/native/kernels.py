@@ -23,6 +23,7 @@ from workers.attention.spans import PagedSpans
 from workers.decoder import DecoderLayer, Norm, TokenBatch
 from workers.native.library import (
     DTYPES,
+    KV_DTYPES,
     Batch,
     Dimensions,
     Layer,
@@ -91,8 +92,8 @@ class NativeKernels:
         """See Kernels."""
         return NativeLayers(shape, part, layers, rope, dtype, self.threads)
 
-    def attention(self, pool: KVPool, windows: Sequence[int | None]) -> "NativeAttention":
-        """See Kernels."""
+    def attention(self, pool: KVPool, windows: Sequence[int | None], dtype: torch.dtype) -> "NativeAttention":
+        """See Kernels; in fp32 whatever dtype is."""
         return NativeAttention(pool, windows, self.threads)
 
     def picker(self, vocab_size: int, device: torch.device) -> NativePicker:
@@ -136,8 +137,8 @@ class NativeStep:
         n, heads, size = queries.shape
         pool, wide = self.backend.pool, queries.float().contiguous()
         output = torch.empty(n, heads * size)
-        place = (pool.keys[layer].data_ptr(), pool.values[layer].data_ptr(), pool.keys.dtype == torch.bfloat16)
-        paged = self.paged(heads, pool.keys.shape[3], size)
+        place = (*pool.addresses(layer), KV_DTYPES.index(pool.dtype))
+        paged = self.paged(heads, pool.num_kv_heads, size)
         window = self.backend.windows[layer] or 0
         with self.backend.threads as threads:
             where = (wide.data_ptr(), n, *place, window, output.data_ptr(), threads.handle)
@@ -208,8 +209,8 @@ class NativeLayers:
                 Layer(
                     *map(address, norms),
                     *(cast(Packed, linear).handle for linear in linears),
-                    pool.keys[number].data_ptr(),
-                    pool.values[number].data_ptr(),
+                    *pool.addresses(number),
+                    KV_DTYPES.index(pool.dtype),
                     self._windows[number] or 0,
                 )
             )

@@ -27,13 +27,15 @@ log = logging.getLogger(__name__)
 _building = threading.Lock()
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""Of weights and KV."""
+"""Of weights."""
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2, "int4": 3, "fp8": 4}
 """Of weights: Kind in packed.h."""
 _UNIT = 8
 """Inputs that quantized weights are packed by."""
 _MOST_INPUTS = 65_536
 """Of quantized weights: what the 32 bits of a sum of products have room for."""
+KV_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn)
+"""Of KV pools, in the order of kv.h's Form."""
 
 
 class Dimensions(Structure):
@@ -63,6 +65,7 @@ class Layer(Structure):
         ("down", c_void_p),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("form", c_int64),
         ("window", c_int64),
     ]
 
@@ -264,7 +267,7 @@ class PackedQuantized(Packed):
 
 
 class PackedQuantizedPart(PackedQuantized):
-    """Of dynamic activations, the part of a rank that has some features of each token: see TorchQuantizedPart, whose bits it has."""
+    """Of dynamic activations, the part of a rank that has some features of a token: see TorchQuantizedPart, whose bits it has."""
 
     def __init__(self, weight: QuantizedWeight, threads: Threads, exchange: Exchange) -> None:
         alone = weight.scale.shape[1] == 1
@@ -299,6 +302,7 @@ def address(of: "Tensor | NDArray[Any] | None") -> int | None:
 
 __all__ = [
     "DTYPES",
+    "KV_DTYPES",
     "Batch",
     "BuildError",
     "Dimensions",

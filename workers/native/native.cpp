@@ -21,6 +21,7 @@ struct Layer {
     const float *query_norm, *key_norm;  // [head_dim] or none
     const Packed *qkv, *output, *gate_up, *down;
     void *keys, *values;  // this layer's pool
+    int64_t form;         // what it keeps them in
     int64_t window;       // 0: none
 };
 
@@ -54,6 +55,14 @@ class Clock {
     const std::chrono::steady_clock::time_point began_ = std::chrono::steady_clock::now();
 };
 
+void attend_task(const Paged& paged, const Task& task, const float* queries, int64_t padded, const void* keys, const void* values,
+                 int64_t form, int64_t window, AttentionScratch& scratch) {
+    with_form(form, [&](auto kept) {
+        typedef decltype(kept) KV;
+        attend(paged, task, queries, padded, static_cast<const KV*>(keys), static_cast<const KV*>(values), window, scratch);
+    });
+}
+
 class Model {
   public:
     virtual ~Model() = default;
@@ -65,7 +74,7 @@ class Model {
     virtual void mlp_part(const Batch& batch, const Layer& layer, float* to) = 0;
 };
 
-template <class W>  // of weights and of the KV pool
+template <class W>  // of weights
 class Decoder final : public Model {
     using X = typename Activation<W>::type;
 
@@ -132,12 +141,17 @@ class Decoder final : public Model {
         return attended;
     }
 
-    // Norms of heads and rotary embedding; keys and values go to the pool.
     void turn(const Batch& batch, const Layer& layer, float* qkv, int64_t width, float* queries) {
+        with_form(layer.form, [&](auto kept) { turn_into<decltype(kept)>(batch, layer, qkv, width, queries); });
+    }
+
+    // Norms of heads and rotary embedding; keys and values go to the pool.
+    template <class KV>
+    void turn_into(const Batch& batch, const Layer& layer, float* qkv, int64_t width, float* queries) {
         Clock clock(spent.rows);
-        W *keys = static_cast<W*>(layer.keys), *values = static_cast<W*>(layer.values);
         each_row(batch.num_tokens, [&](int64_t row) {
-            const int64_t size = d_.head_dim, kv = d_.num_kv_heads;
+            const int64_t size = d_.head_dim, kv = d_.num_kv_heads, place = batch.slots[row] * row_size<KV>(kv, size);
+            KV *keys = static_cast<KV*>(layer.keys) + place, *values = static_cast<KV*>(layer.values) + place;
             const float *cos = batch.cos + batch.positions[row] * (size / 2), *sin = batch.sin + batch.positions[row] * (size / 2);
             float* head = qkv + row * width;
             for (int64_t i = 0; i < d_.num_heads; i++, head += size) {
@@ -148,27 +162,26 @@ class Decoder final : public Model {
             }
             for (int64_t i = 0; i < kv; i++, head += size) {
                 turn_head(head, size, layer.key_norm, d_.eps, cos, sin);
-                store_head(keys + (batch.slots[row] * kv + i) * size, head, size);
+                put_vector(keys, kv, size, i, head);
             }
-            for (int64_t i = 0; i < kv; i++, head += size) store_head(values + (batch.slots[row] * kv + i) * size, head, size);
+            for (int64_t i = 0; i < kv; i++, head += size) put_vector(values, kv, size, i, head);
         });
     }
 
     void attend_all(const Batch& batch, const Layer& layer, const std::vector<Task>& tasks, const float* queries, X* attended) {
         Clock clock(spent.attention);
-        const W *keys = static_cast<W*>(layer.keys), *values = static_cast<W*>(layer.values);
         threads_.run(tasks.size(), [&](int64_t i, int thread) {
-            attend(batch.paged, tasks[i], queries, padded_, keys, values, layer.window, scratch_[thread],
-                   [&](int64_t row, int64_t head, int64_t d, Floats v) {
-                       X* to = attended + row * attended_stride() + head * d_.head_dim + d;
-                       if (d + LANES <= d_.head_dim) {
-                           Activation<W>::put(to, v);
-                       } else {
-                           X some[LANES];
-                           Activation<W>::put(some, v);
-                           memcpy(to, some, (d_.head_dim - d) * sizeof(X));
-                       }
-                   });
+            attend_task(batch.paged, tasks[i], queries, padded_, layer.keys, layer.values, layer.form, layer.window, scratch_[thread]);
+            put_attended(batch.paged, tasks[i], padded_, scratch_[thread], [&](int64_t row, int64_t head, int64_t d, Floats v) {
+                X* to = attended + row * attended_stride() + head * d_.head_dim + d;
+                if (d + LANES <= d_.head_dim) {
+                    Activation<W>::put(to, v);
+                } else {
+                    X some[LANES];
+                    Activation<W>::put(some, v);
+                    memcpy(to, some, (d_.head_dim - d) * sizeof(X));
+                }
+            });
         });
         clear_behind(attended, batch.num_tokens, d_.num_heads * d_.head_dim, attended_stride());
     }
@@ -230,9 +243,8 @@ void multiply_alone(const Packed& packed, const float* x, int64_t rows, float* y
     }
 }
 
-template <class KV>
-void attend_alone(const Paged& paged, const float* queries, int64_t num_tokens, const void* keys, const void* values, int64_t window,
-                  float* to, Threads& threads) {
+void attend_alone(const Paged& paged, const float* queries, int64_t num_tokens, const void* keys, const void* values, int64_t form,
+                  int64_t window, float* to, Threads& threads) {
     const int64_t size = paged.head_dim, padded = round_up(size, LANES);
     std::vector<float> wide(num_tokens * paged.num_heads * padded);
     for (int64_t i = 0; i < num_tokens * paged.num_heads; i++) memcpy(wide.data() + i * padded, queries + i * size, size * sizeof(float));
@@ -240,11 +252,11 @@ void attend_alone(const Paged& paged, const float* queries, int64_t num_tokens, 
     const std::vector<Task> tasks = tasks_of(paged, threads.count());
     Threads::Step step(threads);
     threads.run(tasks.size(), [&](int64_t i, int thread) {
-        attend(paged, tasks[i], wide.data(), padded, static_cast<const KV*>(keys), static_cast<const KV*>(values), window, scratch[thread],
-               [&](int64_t row, int64_t head, int64_t d, Floats v) {
-                   float* at = to + (row * paged.num_heads + head) * size + d;
-                   for (int j = 0; j < LANES && d + j < size; j++) at[j] = v[j];
-               });
+        attend_task(paged, tasks[i], wide.data(), padded, keys, values, form, window, scratch[thread]);
+        put_attended(paged, tasks[i], padded, scratch[thread], [&](int64_t row, int64_t head, int64_t d, Floats v) {
+            float* at = to + (row * paged.num_heads + head) * size + d;
+            for (int j = 0; j < LANES && d + j < size; j++) at[j] = v[j];
+        });
     });
 }
 
@@ -331,12 +343,10 @@ int rayline_draw(void* draws, const float* logits, const Drawing* drawings, int6
 }
 
 // queries [num_tokens, heads, head_dim] -> to, alike.
-int rayline_attend(const Paged* paged, const float* queries, int64_t num_tokens, const void* keys, const void* values, int half, int64_t window,
+int rayline_attend(const Paged* paged, const float* queries, int64_t num_tokens, const void* keys, const void* values, int form, int64_t window,
                    float* to, void* threads) {
     try {
-        Threads& some = *static_cast<Threads*>(threads);
-        half ? attend_alone<bf16>(*paged, queries, num_tokens, keys, values, window, to, some)
-             : attend_alone<float>(*paged, queries, num_tokens, keys, values, window, to, some);
+        attend_alone(*paged, queries, num_tokens, keys, values, form, window, to, *static_cast<Threads*>(threads));
         return 0;
     } catch (...) {
         return 1;

@@ -1,4 +1,4 @@
-// What a decoder does to one row at a time: norms, rotary embeddings, the store into the KV pool.
+// What a decoder does to one row at a time: norms and rotary embeddings.
 #pragma once
 #include <cmath>
 
@@ -57,12 +57,4 @@ inline void turn_head(float* head, int64_t n, const float* weight, float eps, co
         first[i] = a * cos[i] - b * sin[i];
         second[i] = b * cos[i] + a * sin[i];
     }
-}
-
-inline void store_head(float* to, const float* head, int64_t n) { memcpy(to, head, n * sizeof(float)); }
-
-inline void store_head(bf16* to, const float* head, int64_t n) {
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) store(to + i, load(head + i));
-    for (; i < n; i++) to[i] = narrow(head[i]);
 }
