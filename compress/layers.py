@@ -137,13 +137,11 @@ class LayerRun:
     ) -> None:
         """weights: see Weights.layer; of any floating-point dtype, kept in fp32. observe: is told each stage's input. last: the
         stage that is not computed any more, when its input has been told."""
-        self._shape, self._length = shape, length
-        self._wide = {name: tensor.float() for name, tensor in weights.items()}
-        self._observe, self._last = observe, last
+        self._shape, self._length, self._observe, self._last = shape, length, observe, last
         device = torch.device("cpu")
         rope = Rope(shape.head_dim, shape.rope_theta, shape.rope_scaling, length, device)
         part = replace(partition(shape), layers=range(number, number + 1))
-        self._layers = TorchLayers(shape, part, rope, (self._layer(),), torch.float32)
+        self._layers = TorchLayers(shape, part, rope, (self._layer(weights),), torch.float32)
         self._attention = _RowAttention(length, shape.windows[number])
         self._nowhere = KVPool(1, 2, 16, shape.num_kv_heads, shape.head_dim, torch.float32, device)
 
@@ -156,21 +154,25 @@ class LayerRun:
         except _Stopped:
             return None
 
-    def _layer(self) -> DecoderLayer:
-        wide, qk_norm = self._wide, None
+    def _layer(self, weights: dict[str, Tensor]) -> DecoderLayer:
+        norms = {name: weights[f"{name}.weight"].float() for name in _norms(self._shape)}
+        qk_norm = None
         if self._shape.qk_norm:
-            query = wide["self_attn.q_norm.weight"].expand(self._shape.num_heads, -1)
-            qk_norm = torch.cat((query, wide["self_attn.k_norm.weight"].expand(self._shape.num_kv_heads, -1)))
-        norms = wide["input_layernorm.weight"], wide["post_attention_layernorm.weight"]
-        qkv, output, gate_up, down = (self._stage(number) for number in range(len(STAGES)))
+            query = norms["self_attn.q_norm"].expand(self._shape.num_heads, -1)
+            qk_norm = torch.cat((query, norms["self_attn.k_norm"].expand(self._shape.num_kv_heads, -1)))
+        qkv, output, gate_up, down = (self._stage(weights, number) for number in range(len(STAGES)))
+        before, between = norms["input_layernorm"], norms["post_attention_layernorm"]
         attended, added = (RowParallel(own, None, SOLO_GROUP) for own in (output, down))
-        return DecoderLayer(norms[0], qkv, qk_norm, attended, norms[1], gate_up, added)
+        return DecoderLayer(before, qkv, qk_norm, attended, between, gate_up, added)
 
-    def _stage(self, number: int) -> "_Watched":
+    def _stage(self, weights: dict[str, Tensor], number: int) -> "_Watched":
+        if number >= self._last:  # multiplies nothing
+            return _Watched(torch.empty(0, 0), None, number, self._observe, stops=True)
         names = STAGES[number]
-        biases = [self._wide[f"{name}.bias"] for name in names if f"{name}.bias" in self._wide]
-        weight = torch.cat([self._wide[f"{name}.weight"] for name in names])
-        return _Watched(weight, torch.cat(biases) if biases else None, number, self._observe, number == self._last)
+        parts = [weights[f"{name}.weight"].float() for name in names]
+        biases = [weights[f"{name}.bias"].float() for name in names if f"{name}.bias" in weights]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return _Watched(whole, torch.cat(biases) if biases else None, number, self._observe, stops=False)
 
 
 class _Stopped(Exception):

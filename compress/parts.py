@@ -31,7 +31,9 @@ class Parts:
             raise ConfigError(f"{out} exists already")
         told = self.folder / _SETTINGS
         if self.folder.exists() and not resume:
-            raise ConfigError(f"{self.folder} is there from before: go on with --resume, or remove it")
+            if self.finished:
+                raise ConfigError(f"{self.folder} is there from before: go on with --resume, or remove it")
+            shutil.rmtree(self.folder)
         if not told.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             told.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

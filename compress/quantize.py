@@ -23,11 +23,11 @@ from cluster.model import ModelFiles
 from cluster.schemes import CASTS, Precision, Recipe, Scheme
 from compress.calibration import HiddenStates
 from compress.gptq import Hessian, gptq, round_to_nearest
-from compress.layers import EMBEDDING, FINAL_NORM, HEAD, STAGES, LayerRun, Weights, all_linears
+from compress.layers import EMBEDDING, FINAL_NORM, HEAD, STAGES, LayerRun, Weights, all_linears, linears_of
 from compress.parts import Parts
 from workers.decoder import rms_norm
 from workers.device import torch_dtype
-from workers.quantization.weight import QuantizedWeight, Ranging
+from workers.quantization.weight import Ranging
 from workers.quantization.written import config_of, tensors_of
 
 Method = Literal["rtn", "gptq"]
@@ -109,6 +109,11 @@ def assign(files: ModelFiles, plan: Plan) -> dict[str, Precision | None]:
         assigned[HEAD] = None
     if files.quantization is not None and any(isinstance(precision, Scheme) for precision in assigned.values()):
         raise ConfigError(f"{files.path} is quantized already; cast it first (--scheme bf16)")
+    linears = linears_of(files.shape)
+    for name, precision in assigned.items():
+        inputs = files.shape.hidden_size if name == HEAD else linears[name.split(".", 3)[3]].inputs
+        if isinstance(precision, Scheme) and precision.group_size and inputs % precision.group_size:
+            raise ConfigError(f"{name} cannot be {precision}: its {inputs} inputs do not divide into groups of so many")
     if all(precision is None for precision in assigned.values()):
         raise ConfigError(f"'{plan.recipe}' means no linear of this model")
     return assigned
@@ -207,15 +212,14 @@ class _Work:
             cast = self._cast(weight) if precision is None else weight.to(torch_dtype(CASTS[precision]))
             return {f"{name}.weight": cast}, cast
         dtype = torch_dtype(self.files.shape.dtype)
-        made: QuantizedWeight
-        try:
-            if self.plan.uses_gptq(precision):
-                assert hessian is not None
-                made = gptq(weight, hessian, precision, self.plan.ranging_of(precision), dtype)
-            else:
-                made = round_to_nearest(weight, precision, self.plan.ranging_of(precision), dtype)
-        except ValueError as error:
-            raise ConfigError(f"{name} cannot be {precision}: {error}") from None
+        ranging = self.plan.ranging_of(precision)
+        if hessian is not None and self.plan.uses_gptq(precision):
+            try:
+                made = gptq(weight, hessian, precision, ranging, dtype)
+            except ValueError as error:
+                raise ConfigError(f"{name} cannot be {precision}: {error}") from None
+        else:
+            made = round_to_nearest(weight, precision, ranging, dtype)
         return tensors_of(name, made, dtype), made.dequantized()
 
     def _cast(self, tensor: Tensor) -> Tensor:
