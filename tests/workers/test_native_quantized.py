@@ -84,3 +84,27 @@ def test_the_bits_are_those_of_avx512(name: str) -> None:
     one, *others = (PackedQuantized(weight, torch.ones(100), Threads(built_for(way), 1))(x) for way in ways)
     for other in others:
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["int8-asym", "int4-g8", "int4-g8-dynamic", "int8-dynamic", "fp8-dynamic"])
+def test_gate_and_up_are_the_same_bits_and_a_bad_row_spoils_no_other(library: Library, name: str) -> None:
+    torch.manual_seed(2)
+    threads = Threads(library, 2)
+    weight, bias, x = quantized(name, 40, 2 * 43), torch.randn(86), torch.randn(9, 40)
+    paired = PackedQuantized(weight, bias, threads, paired=True)
+    good = PackedQuantized(weight, bias, threads)(x)
+    assert torch.equal(paired(x), good)
+    x[4, 3], x[7, 0] = torch.nan, torch.inf
+    spoilt = paired(x)
+    assert not spoilt[[4, 7]].isfinite().any()
+    others = [0, 1, 2, 3, 5, 6, 8]
+    assert torch.equal(spoilt[others], good[others])
+
+
+def test_zeros_are_zeros_and_other_groups_are_refused(library: Library) -> None:
+    threads = Threads(library, 1)
+    for name in (*WEIGHT_ONLY, *DYNAMIC):
+        linear = PackedQuantized(quantized(name, 24, 9), None, threads)
+        assert torch.equal(linear(torch.zeros(3, 24)), torch.zeros(3, 9))
+    with pytest.raises(ValueError, match="groups of 4 inputs: the native kernels take multiples of 8"):
+        PackedQuantized(quantized("int8-g4", 24, 9), None, threads)

@@ -42,6 +42,14 @@ inline Words words(uint32_t x) { return x + Words{}; }
 
 inline Floats as_numbers(Ints v) { return __builtin_convertvector(v, Floats); }
 
+// Adds here and now. Sums of integers over several steps a compiler would join otherwise, and keep their parts in memory.
+inline void add_to(Ints& sum, Ints v) {
+    sum += v;
+#if RAYLINE_AVX2
+    asm("" : "+x"(sum));
+#endif
+}
+
 // Of each word's two 16-bit integers, the sum of products.
 inline Ints dot2(Words a, Words b) {
 #if RAYLINE_AVX512
@@ -53,22 +61,21 @@ inline Ints dot2(Words a, Words b) {
 #endif
 }
 
-// sum + of each word's four bytes the products, a's of 0 to 15, b's signed; then the same of c and d.
-inline Ints dot8(Ints sum, Words a, Words b, Words c, Words d) {
+// To sum, of each word's four bytes the products, a's of 0 to 15, b's signed; then the same of c and d.
+inline void add_dot8(Ints& sum, Words a, Words b, Words c, Words d) {
 #if RAYLINE_DOT_INT8
-    return (Ints)_mm512_dpbusd_epi32(_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b), (__m512i)c, (__m512i)d);
+    sum = (Ints)_mm512_dpbusd_epi32(_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b), (__m512i)c, (__m512i)d);
 #elif RAYLINE_AVX512
     __m512i halves = _mm512_add_epi16(_mm512_maddubs_epi16((__m512i)a, (__m512i)b), _mm512_maddubs_epi16((__m512i)c, (__m512i)d));
-    return sum + dot2((Words)halves, words(0x00010001u));
+    add_to(sum, dot2((Words)halves, words(0x00010001u)));
 #elif RAYLINE_AVX2
     __m256i halves = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)a, (__m256i)b), _mm256_maddubs_epi16((__m256i)c, (__m256i)d));
-    return sum + dot2((Words)halves, words(0x00010001u));
+    add_to(sum, dot2((Words)halves, words(0x00010001u)));
 #else
     for (int j = 0; j < 4; j++) {
         const int up = 24 - 8 * j;
         sum += (Ints)(a << up >> 24) * ((Ints)(b << up) >> 24) + (Ints)(c << up >> 24) * ((Ints)(d << up) >> 24);
     }
-    return sum;
 #endif
 }
 
@@ -162,7 +169,7 @@ template <>
 struct Integers<8> {
     typedef Ints Sum;
     typedef std::conditional_t<DOT_INT8, int8_t, int16_t> Input;
-    static constexpr int OFFSET = 128;
+    static constexpr int BITS = 8, OFFSET = 128;
 
     template <int ROWS, int N>
     __attribute__((always_inline)) static void add(const char* weights, int64_t panel_bytes, const Input* x, int64_t stride, Ints (&sums)[ROWS][N]) {
@@ -185,7 +192,7 @@ struct Integers<8> {
 #if RAYLINE_DOT_INT8
                     sums[row][v] = (Ints)_mm512_dpbusd_epi32((__m512i)sums[row][v], (__m512i)w[v], (__m512i)value);
 #else
-                    sums[row][v] += dot2(w[v], value);
+                    add_to(sums[row][v], dot2(w[v], value));
 #endif
                 }
             }
@@ -205,7 +212,7 @@ template <>
 struct Integers<4> {
     typedef Ints Sum;
     typedef int8_t Input;
-    static constexpr int OFFSET = 8;
+    static constexpr int BITS = 4, OFFSET = 8;
 
     template <int ROWS, int N>
     __attribute__((always_inline)) static void add(const char* weights, int64_t panel_bytes, const int8_t* x, int64_t stride, Ints (&sums)[ROWS][N]) {
@@ -222,7 +229,7 @@ struct Integers<4> {
             memcpy(some, x + row * stride, 8);
             const Words first = words(some[0]), second = words(some[1]);
 #pragma GCC unroll 16
-            for (int v = 0; v < N; v++) sums[row][v] = dot8(sums[row][v], low[v], first, high[v], second);
+            for (int v = 0; v < N; v++) add_dot8(sums[row][v], low[v], first, high[v], second);
         }
     }
 
@@ -237,13 +244,13 @@ struct Grouped {
         constexpr int N = COUNT * VECTORS;
         const auto* x = static_cast<const typename F::Input*>(rows.at) + row * rows.stride;
         const Total* totals = static_cast<const Total*>(rows.sums) + row * packed.groups;
-        const int64_t unit_bytes = packed.panel_bytes / (packed.depth / UNIT);
         const char* weights = packed.weights() + panel * packed.panel_bytes;
         Floats sums[ROWS][N] = {};
         for (int64_t group = 0; group < packed.groups; group++) {
-            typename F::Sum part[ROWS][N] = {};
-            for (int64_t unit = 0; unit < packed.group / UNIT; unit++, weights += unit_bytes, x += UNIT)
-                F::template add<ROWS, N>(weights, packed.panel_bytes, x, rows.stride, part);
+            typename F::Sum part[ROWS][N];
+            sum_up(weights, packed.panel_bytes, x, rows.stride, packed.group / UNIT, part);
+            weights += packed.group * WIDTH * F::BITS / 8;
+            x += packed.group;
             for (int v = 0; v < N; v++) {
                 const int64_t at = ((panel + v / VECTORS) * packed.groups + group) * WIDTH + v % VECTORS * LANES;
                 const Floats scale = load(packed.scales() + at);
@@ -256,6 +263,19 @@ struct Grouped {
             for (int i = 0; i < ROWS; i++)
                 for (int v = 0; v < N; v++) sums[i][v] *= all(rows.scales[row + i]);
         put_with_bias(packed, panel, sums, to);
+    }
+
+    // Over so many units, in registers.
+    template <int ROWS, int N>
+    __attribute__((always_inline)) static void sum_up(const char* weights, int64_t panel_bytes, const typename F::Input* x, int64_t stride,
+                                                      int64_t units, typename F::Sum (&to)[ROWS][N]) {
+        typename F::Sum sums[ROWS][N] = {};
+        for (int64_t unit = 0; unit < units; unit++, weights += WIDTH * F::BITS, x += UNIT)
+            F::template add<ROWS, N>(weights, panel_bytes, x, stride, sums);
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 16
+            for (int v = 0; v < N; v++) to[row][v] = sums[row][v];
     }
 
     static inline Ints load_bytes(const uint8_t* from) {
