@@ -41,7 +41,7 @@ SCRIPT = str(Path(__file__).parent / "peers" / "precision_peer.py")
 BASE, PLAIN, MIXED = "bf16", "transformers fp32", "mixed"
 SPEEDS = {"decode 1": [Shape(16, 33)], "decode 16": [Shape(16, 17)] * 16, "prefill": [Shape(385, 1)]}
 """What is asked for each speed. Of a decode the first token belongs to the prompt."""
-_CALIBRATION, _MEASURED, _TUNING_ROWS, _LENGTH = 128, 64, 4096, 512
+_CALIBRATION, _FEW, _MEASURED, _TUNING_ROWS, _LENGTH = 128, 4, 64, 4096, 512
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ class Maker:
             return
         recipe = self._mixed() if name == MIXED else parse_recipe(kind.recipe)
         source = self._control() if kind.training else self.files
-        quantize(source, Plan(recipe, kind.method, kind.ranging), self._rows(_CALIBRATION), out, resume=True).finish()
+        rows = self._rows(_FEW if self.arguments.random else _CALIBRATION)
+        quantize(source, Plan(recipe, kind.method, kind.ranging), rows, out, resume=True).finish()
 
     def _tuning(self) -> Tuning:
         return Tuning(steps=self.arguments.steps)
@@ -160,7 +161,11 @@ class Maker:
         return rows_of(self.files, calibration_text(self.arguments.text), count, length)
 
     def _mixed(self) -> Recipe:
-        """As large as if all linears took --share of what they take in bf16, or a little less."""
+        """As large as if all linears took --share of what they take in bf16, or a little less; of random weights a quarter of the
+        layers in int8."""
+        if self.arguments.random:  # nothing to go by
+            quarter = max(1, self.files.shape.num_layers // 4)
+            return parse_recipe(f"layers.0-{quarter - 1}: int8, rest: int4-g128")
         linears = sum(size for size in _linear_sizes(self.files))
         target = 2 * num_parameters(self.files.shape) - 2 * linears * (1 - self.arguments.share)
         recipe, _, loss = search(self.files, self._rows(16), [parse_precision(p) for p in DEFAULT], target_bytes=int(target))

@@ -17,10 +17,10 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import click
 import yaml
 
-from cluster.config import Config, ConfigError, Dtype, from_mapping
+from cluster.config import Config, ConfigError, Dtype, from_mapping, parse_bytes
 from cluster.haproxy import choose_haproxy
 from cluster.model import DEMO_MODEL, open_model
-from cluster.schemes import parse_recipe
+from cluster.schemes import UNCHANGED, parse_recipe
 from parallel.mesh import Mesh
 from parallel.partition import partition
 
@@ -281,8 +281,12 @@ _TEXT = click.Path(path_type=Path, exists=True)
 @click.option(
     "--scheme",
     required=True,
-    help="A precision (int4-g128, int8, fp8, int8-dynamic, bf16 ...), or rules: lm_head: bf16, layers.0-1: int8, rest: int4-g128.",
+    help="A precision (int4-g128, int8, fp8, int8-dynamic, bf16 ...), rules (lm_head: bf16, layers.0-1: int8, rest: int4-g128), or "
+    "mixed: int8, int4-g128 or none for each linear, by what it loses, for --target-size or else for --max-loss.",
 )
+@click.option("--target-size", metavar="300MB", help="Of mixed: what all tensors may take.")
+@click.option("--qat", is_flag=True, help="Train after calibration, with rounded weights; the model is in memory twice in fp32.")
+@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True, help="Of --qat.")
 @click.option("--text", type=_TEXT, multiple=True, help="Files, or folders of them, for calibration. Default: Python's library.")
 @click.option("--held-out", type=_TEXT, multiple=True, help="To measure on. Default: what calibration leaves of the text.")
 @click.option("--method", type=click.Choice(["rtn", "gptq"]), help="Default: gptq for 4 bits, else round to nearest.")
@@ -294,19 +298,27 @@ _TEXT = click.Path(path_type=Path, exists=True)
 @click.option("--resume", is_flag=True, help="Go on from the last layer that was finished.")
 @click.option("--force", is_flag=True, help="Keep a model that is further from MODEL than --max-loss.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: all cores.")
-def quantize(model: str, out: Path, scheme: str, threads: int | None, **options: Any) -> None:
+def quantize(
+    model: str, out: Path, scheme: str, target_size: str | None, qat: bool, steps: int, threads: int | None, **options: Any
+) -> None:
     """Write MODEL (a directory or hub id) in fewer bits to OUT, a layer at a time, and measure what is lost."""
-    recipe = parse_recipe(scheme)
+    recipe = UNCHANGED if scheme.strip() == "mixed" else parse_recipe(scheme)
+    if target_size is not None and recipe.rules:
+        raise ConfigError("--target-size is for --scheme mixed")
+    target_bytes = None if target_size is None else parse_bytes(target_size)
     import torch
 
     from compress.posttraining import make
+    from compress.qat import Tuning
     from compress.quantize import Plan
 
     if threads is not None:
         torch.set_num_threads(threads)
     plan = Plan(recipe, options.pop("method"), options.pop("ranging"))
     try:
-        found = make(open_model(model), plan, out, progress=sys.stderr.isatty(), **options)
+        tuning = Tuning(steps=steps) if qat else None
+        shown = sys.stderr.isatty()
+        found = make(open_model(model), plan, out, target_bytes=target_bytes, tuning=tuning, progress=shown, **options)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     click.echo(found or f"{out} is written")

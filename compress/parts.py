@@ -59,7 +59,7 @@ class Parts:
     def write(self, number: int, tensors: dict[str, Tensor]) -> None:
         """Put a part in place."""
         new = self._part(number).with_suffix(".new")
-        _save({name: tensor.contiguous() for name, tensor in tensors.items()}, new)
+        write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, new)
         new.replace(self._part(number))
 
     def assemble(self, count: int) -> None:
@@ -106,12 +106,13 @@ class Parts:
         for part in dict.fromkeys(part for _, part in tensors):
             with safe_open(part, framework="pt") as file:
                 found |= {tensor: file.get_tensor(tensor) for tensor, own in tensors if own == part}
-        _save(found, self.model / name)
+        write_tensors(found, self.model / name)
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}.safetensors"
 
 
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """A file that all can read."""
     save_file(tensors, file, {"format": "pt"})
     file.chmod(0o644)  # safetensors lets its owner alone read it

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cluster.model import ModelFiles, open_model
 from cluster.schemes import Kind
 from compress.distill import Mixture, against, copy_tokenizer
+from compress.parts import write_tensors
 from compress.training import Batches, Plan, Trainer
 from workers.checkpoint import Checkpoint
 from workers.device import torch_dtype
@@ -93,7 +93,7 @@ def tune(
     for file in sorted(calibrated.path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as old:
             tensors = {name: made.get(name, old.get_tensor(name)) for name in old.keys()}  # noqa: SIM118
-        save_file(tensors, out / file.name, {"format": "pt"})
+        write_tensors(tensors, out / file.name)
     checkpoint.unlink(missing_ok=True)
 
 
@@ -106,7 +106,7 @@ def control(files: ModelFiles, plan: Tuning, rows: Tensor, out: Path) -> ModelFi
     out.mkdir(parents=True)
     tied = files.shape.tied_embeddings
     state = {name: x.contiguous() for name, x in student.state_dict().items() if not (tied and name == "lm_head.weight")}
-    save_file(state, out / "model.safetensors", {"format": "pt"})
+    write_tensors(state, out / "model.safetensors")
     for name in ("config.json", "generation_config.json"):
         if (files.path / name).exists():
             shutil.copyfile(files.path / name, out / name)
