@@ -41,7 +41,7 @@ SCRIPT = str(Path(__file__).parent / "peers" / "precision_peer.py")
 BASE, PLAIN, MIXED = "bf16", "transformers fp32", "mixed"
 SPEEDS = {"decode 1": [Shape(16, 33)], "decode 16": [Shape(16, 17)] * 16, "prefill": [Shape(385, 1)]}
 """What is asked for each speed. Of a decode the first token belongs to the prompt."""
-_CALIBRATION, _FEW, _MEASURED, _TUNING_ROWS, _LENGTH = 128, 4, 64, 4096, 512
+_CALIBRATION, _MEASURED, _TUNING_ROWS, _LENGTH = 128, 64, 4096, 512
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,16 @@ KINDS = {
     "int8 dynamic": Kind("int8-dynamic"),
     "int4 rounded": Kind("int4-g128"),
     "int4 GPTQ": Kind("int4-g128", "gptq", "mse"),
-    "int4 dynamic GPTQ": Kind("int4-g128-dynamic", "gptq", "mse"),
+    "int4 dynamic": Kind("int4-g128-dynamic", "gptq", "mse"),
     MIXED: Kind("", "gptq", "mse"),
     "bf16 fine-tuned (control)": Kind("bf16", training="control"),
     "int4 fine-tuned, then GPTQ": Kind("int4-g128", "gptq", "mse", "control"),
     "int4 QAT": Kind("int4-g128", "gptq", "mse", "qat"),
 }
+
+
+TRAINED = {name for name, kind in KINDS.items() if kind.training} | {"int4 GPTQ"}
+"""That say nothing of random weights."""
 
 
 @dataclass
@@ -103,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     report = Report("precisions", command_line(argv))
-    kinds = {name: kind for name, kind in KINDS.items() if not (arguments.random and kind.training)}
+    kinds = dict(KINDS)
+    if arguments.random:
+        kinds = {name: replace(kind, method="rtn", ranging="minmax") for name, kind in KINDS.items() if name not in TRAINED}
     if arguments.only:
         kinds = {name: kinds[name] for name in [BASE, *(name for name in arguments.only if name != BASE)]}
     files = open_model(arguments.model)
@@ -146,8 +152,7 @@ class Maker:
             return
         recipe = self._mixed() if name == MIXED else parse_recipe(kind.recipe)
         source = self._control() if kind.training else self.files
-        rows = self._rows(_FEW if self.arguments.random else _CALIBRATION)
-        quantize(source, Plan(recipe, kind.method, kind.ranging), rows, out, resume=True).finish()
+        quantize(source, Plan(recipe, kind.method, kind.ranging), self._rows(_CALIBRATION), out, resume=True).finish()
 
     def _tuning(self) -> Tuning:
         return Tuning(steps=self.arguments.steps)

@@ -24,6 +24,7 @@ RunAhead = Literal["auto", "on", "off"]
 HAProxy = Literal["auto", "on", "off"]
 Speculative = Literal["off", "lookup", "draft"]
 SpeculativePace = Literal["adaptive", "fixed"]
+SpeculativeAcceptance = Literal["coupled", "rejection"]
 PlacementPolicy = Literal["prefix", "least_loaded", "round_robin"]
 
 _EDGE = frozenset(
@@ -165,6 +166,9 @@ class Config:
     """Most tokens proposed for a sequence at a time."""
     speculative_pace: SpeculativePace = "adaptive"
     """adaptive: fewer tokens, down to none, where they do not stand often enough to pay. fixed: always speculative_tokens."""
+    speculative_acceptance: SpeculativeAcceptance = "coupled"
+    """Which proposals of sampled requests stand. coupled: those that the target draws itself, so the tokens are those without.
+    rejection (Leviathan et al. 2023): a few more; tokens of the same distribution, but not the same ones."""
     run_ahead: RunAhead = "auto"
     """Whether an iteration is planned and sent while the one before it runs, each decode's token still being drawn: then workers
     need not wait for the engine, but a new request waits an iteration longer, and a choice that a stop token ends is computed once

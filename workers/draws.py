@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.protocol import NewSequence, SamplingParams
-from workers.keys import sequence_key
+from workers.keys import ACCEPT, DRAFT, sequence_key, stream_key
 
 _COLDEST = 1e-5
 """Below it, temperature is taken for 0: the quotient's differences dwarf the noise anyway."""
@@ -48,6 +48,16 @@ class DrawSetup:
         if not params.beam_width:
             return 0
         return max(params.beam_width + len(params.stop_token_ids), params.logprobs or 0)
+
+    @cached_property
+    def draft_key(self) -> int:
+        """Of the noise that a draft draws with under rejection sampling."""
+        return stream_key(self.noise_key, DRAFT)
+
+    @cached_property
+    def accept_key(self) -> int:
+        """Of the numbers that accept or reject what it drew."""
+        return stream_key(self.noise_key, ACCEPT)
 
     @cached_property
     def greedy(self) -> bool:

@@ -47,33 +47,36 @@ class TorchPicker:
 
     def _plain(self, logits: Tensor, spans: Sequence[Span]) -> Tensor:
         """Any token can come."""
-        scores, keys = _scores(logits, spans), torch.from_numpy(noise_keys(spans)).to(logits.device)
-        if scores.device.type != "cpu":
-            return argmax(scores.add_(self._noise.whole(keys)))
-        return self._winners(scores, keys, self._noise.contenders(scores, keys))
+        return noisiest(self._noise, scaled(logits, spans), torch.from_numpy(noise_keys(spans)).to(logits.device))
 
     def _filtered(self, logits: Tensor, spans: Sequence[Span]) -> Tensor:
         """Noise only for the tokens that the filters leave; where they leave many, for those of them that can win."""
-        scores, keys = _scores(logits, spans), torch.from_numpy(noise_keys(spans)).to(logits.device)
+        scores, keys = scaled(logits, spans), torch.from_numpy(noise_keys(spans)).to(logits.device)
         left = scores >= thresholds(scores, [span.state.params for span in spans])
-        if scores.device.type != "cpu":
-            return argmax(scores.masked_fill_(~left, -torch.inf).add_(self._noise.whole(keys)))
-        if int(left.sum()) > left.numel() * _MANY:
-            scores.masked_fill_(~left, -torch.inf)
-            left = self._noise.contenders(scores, keys)
-        return self._winners(scores, keys, left)
-
-    def _winners(self, scores: Tensor, keys: Tensor, left: Tensor) -> Tensor:
-        """[rows]: the arg-max of scores plus noise where `left` [rows, vocab]."""
-        rows, ids = where(left)
-        noisy = scores[rows, ids] + self._noise.at(keys[rows], ids)
-        best = torch.full_like(scores[:, 0], -torch.inf).scatter_reduce_(0, rows, noisy, "amax")
-        won = (noisy == best[rows]) & (noisy > -torch.inf)
-        tokens = torch.full_like(best, scores.shape[1] - 1, dtype=torch.int64)  # stays where no logit is a number
-        return tokens.scatter_reduce_(0, rows[won], ids[won], "amin")
+        if scores.device.type != "cpu" or int(left.sum()) > left.numel() * _MANY:
+            return noisiest(self._noise, scores.masked_fill_(~left, -torch.inf), keys)
+        return _winners(self._noise, scores, keys, left)
 
 
-def _scores(logits: Tensor, spans: Sequence[Span]) -> Tensor:
+def noisiest(noise: GumbelNoise, scores: Tensor, keys: Tensor) -> Tensor:
+    """[rows] int64: the arg-max of scores [rows, vocab] fp32, which may be overwritten, plus the noise of keys [rows, 2] int32: a
+    draw from their softmax. The last token where no score is a number."""
+    if scores.device.type != "cpu":
+        return argmax(scores.add_(noise.whole(keys)))
+    return _winners(noise, scores, keys, noise.contenders(scores, keys))
+
+
+def _winners(noise: GumbelNoise, scores: Tensor, keys: Tensor, left: Tensor) -> Tensor:
+    """[rows]: the arg-max of scores plus noise where `left` [rows, vocab]."""
+    rows, ids = where(left)
+    noisy = scores[rows, ids] + noise.at(keys[rows], ids)
+    best = torch.full_like(scores[:, 0], -torch.inf).scatter_reduce_(0, rows, noisy, "amax")
+    won = (noisy == best[rows]) & (noisy > -torch.inf)
+    tokens = torch.full_like(best, scores.shape[1] - 1, dtype=torch.int64)  # stays where no logit is a number
+    return tokens.scatter_reduce_(0, rows[won], ids[won], "amin")
+
+
+def scaled(logits: Tensor, spans: Sequence[Span]) -> Tensor:
     """Logits over temperature, shifted so that the largest is 0; a new tensor or `logits` overwritten."""
     temperature = torch.tensor([[span.state.params.temperature] for span in spans], dtype=torch.float32, device=logits.device)
     return logits.sub_(logits.amax(-1, keepdim=True)).div_(temperature)

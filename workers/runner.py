@@ -3,13 +3,12 @@
 import time
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.config import Config, ConfigError
+from cluster.config import Config, ConfigError, SpeculativeAcceptance
 from cluster.model import ModelFiles
 from cluster.protocol import ChunkResult, StageTime, StepPlan, StepResult
 from cluster.schemes import parse_recipe
@@ -27,9 +26,11 @@ from workers.paged import PagedModel
 from workers.sampler import Draw, Sampler
 from workers.sequences import SequenceTable, Span
 from workers.speculative.draft import DraftModel
-from workers.speculative.drafter import Drafter, standing
+from workers.speculative.drafter import Drafter
 from workers.speculative.load import load_draft
 from workers.speculative.lookup import PromptLookup
+from workers.speculative.rejection import Rejecting, RejectionSampling
+from workers.speculative.verifier import Coupled, Verifier
 
 _KEPT_TIMES = 4096
 
@@ -48,9 +49,11 @@ class ModelRunner:
         leader: bool = True,
         host: HostBlocks | None = None,
         drafter: Drafter | None = None,
+        acceptance: SpeculativeAcceptance = "coupled",
     ) -> None:
         """handoff: to and from the neighbouring stages, where there are some. leader: draw tokens, in the last stage. host: memory
-        for blocks that the pool has no room for, where there is some. drafter: proposes tokens, where they are drawn."""
+        for blocks that the pool has no room for, where there is some. drafter: proposes tokens, where they are drawn. acceptance:
+        which of those stand."""
         self.peers = peers
         self.max_model_len = max_model_len
         """The longest sequence that positions are prepared for."""
@@ -60,7 +63,11 @@ class ModelRunner:
         self.model = PagedModel(decoder, pool, host)
         self._device = self.model.device
         draws = leader and decoder.part.judges
-        self._sampler = Sampler(decoder.kernels.picker(decoder.shape.vocab_size, self._device)) if draws else None
+        vocab_size = decoder.shape.vocab_size
+        sampler = Sampler(decoder.kernels.picker(vocab_size, self._device)) if draws else None
+        self._verifier: Verifier | None = None if sampler is None else Coupled(sampler)
+        if sampler is not None and drafter is not None and acceptance == "rejection":
+            self._verifier = Rejecting(sampler, drafter, RejectionSampling(vocab_size, self._device))
         self._sequences = SequenceTable(pool.block_size)
         self._handoff = handoff
         self._drafter = drafter
@@ -94,7 +101,7 @@ class ModelRunner:
     @property
     def answers(self) -> bool:
         """Whether this rank's results are the engine's: the leader of the last stage."""
-        return self._sampler is not None
+        return self._verifier is not None
 
     def expect(self, plan: StepPlan) -> None:
         """A plan that execute() will be called with later; call in the order of the plans."""
@@ -151,7 +158,7 @@ class ModelRunner:
     def _answer(self, hidden: Tensor, spans: Sequence[Span], result: StepResult) -> None:
         """Logits are made by all ranks of the last stage together; what becomes of them is the leader's."""
         size = self.decoder.shape.vocab_size
-        result.scores = score_prompts(hidden, spans, self.decoder.logits, size, tell=self._sampler is not None)
+        result.scores = score_prompts(hidden, spans, self.decoder.logits, size, tell=self._verifier is not None)
         result.results = self._draw(hidden, spans)
 
     def _draw(self, hidden: Tensor, spans: Sequence[Span]) -> list[ChunkResult]:
@@ -163,10 +170,9 @@ class ModelRunner:
         if len(rows) < len(hidden):  # not only decodes
             hidden = hidden.index_select(0, self.model.to_device(np.array(rows)))
         logits = self.decoder.logits(hidden)
-        if self._sampler is None:
+        if self._verifier is None:
             return []
-        draws = iter(self._sampler.draw(logits, [part for span in drawing for part in span.parts]))
-        return [self._result(span, list(islice(draws, 1 + span.verify))) for span in drawing]
+        return [self._result(span, draws) for span, draws in zip(drawing, self._verifier.draw(logits, drawing), strict=True)]
 
     @staticmethod
     def _propose(drafter: Drafter, spans: Sequence[Span], result: StepResult) -> None:
@@ -178,8 +184,6 @@ class ModelRunner:
         result.draft_s, result.draft_token_s = time.perf_counter() - began, drafter.token_s
 
     def _result(self, span: Span, draws: list[Draw]) -> ChunkResult:
-        if span.verify:
-            draws = standing(span, draws)
         tokens = [draw.token for draw in draws]
         if not span.state.draws.candidates:  # of beams the engine says which token comes next
             self._sequences.commit(span, tokens)
@@ -229,9 +233,20 @@ def load_runner(
     host, draft_host = _host_blocks(config, pool, draft_pool)
     drafter: Drafter | None = PromptLookup() if config.speculative == "lookup" and answers else None
     if draft is not None and draft_pool is not None:
-        drafter = DraftModel(PagedModel(draft, draft_pool, draft_host))
+        sampling = RejectionSampling(shape.vocab_size, device) if config.speculative_acceptance == "rejection" else None
+        drafter = DraftModel(PagedModel(draft, draft_pool, draft_host), sampling)
     handoff = Handoff(peers.column, shape.hidden_size, decoder.stack.hidden_dtype, device) if seat.mesh.pp > 1 else None
-    return ModelRunner(decoder, pool, max_model_len, peers=peers, handoff=handoff, leader=seat.leader, host=host, drafter=drafter)
+    return ModelRunner(
+        decoder,
+        pool,
+        max_model_len,
+        peers=peers,
+        handoff=handoff,
+        leader=seat.leader,
+        host=host,
+        drafter=drafter,
+        acceptance=config.speculative_acceptance,
+    )
 
 
 def _bytes_per_token(decoder: Decoder, kv_dtype: str) -> int:

@@ -88,6 +88,12 @@ class Span:
         return [Span(self.state, self.start, end, self.sample) for end in range(self.end - self.verify, self.end + 1)]
 
     @property
+    def proposed(self) -> list[int]:
+        """The tokens to verify."""
+        found: list[int] = self.state.tokens[self.end - self.verify : self.end].tolist()
+        return found
+
+    @property
     def ids(self) -> NDArray[np.int32]:
         """[num_tokens]: input tokens."""
         return self.state.tokens[self.start : self.end]

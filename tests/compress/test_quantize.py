@@ -16,14 +16,15 @@ from torch import Tensor
 from cluster.cli import cli
 from cluster.config import ConfigError
 from cluster.model import DEMO_MODEL, ModelFiles, open_model
-from cluster.schemes import Scheme, parse_precision, parse_recipe
-from compress import parts, quantize
+from cluster.schemes import UNCHANGED, Scheme, parse_precision, parse_recipe
+from compress import parts, posttraining, quantize
 from compress.calibration import rows_of
 from compress.distill import read_text
-from compress.evaluate import evaluate
+from compress.evaluate import evaluate, size_of
 from compress.gptq import Hessian, gptq, inverse_factor, round_to_nearest
-from compress.layers import LayerRun, Weights, num_parameters
+from compress.layers import LayerRun, Weights, all_linears, num_parameters
 from compress.posttraining import make
+from compress.qat import Tuning
 from compress.quantize import Plan
 from tests.workers.models import KINDS, VOCAB, TinyModel, make_model, prompt
 from workers.checkpoint import Checkpoint
@@ -357,3 +358,40 @@ def test_the_command_line(speaking: ModelFiles, tmp_path: Path) -> None:
     assert isinstance(wrong.exception, ConfigError)
     told = CliRunner().invoke(cli, ["eval", out, "--against", str(speaking.path), "--json", *small], catch_exceptions=False)
     assert json.loads(told.output)["agreement"]["value"] > 0.8
+
+
+def test_mixed_precision_keeps_to_a_size_or_a_loss(speaking: ModelFiles, tmp_path: Path) -> None:
+    text: dict[str, Any] = {"text": [DEMO_MODEL / "README.md"], "samples": 8, "context": 16}
+    whole = size_of(speaking.path)
+    found = make(speaking, Plan(UNCHANGED, "rtn"), tmp_path / "small", **text, target_bytes=int(whole * 0.99), max_loss=9.0)
+    assert found is not None
+    assert found.bytes < whole
+    quantized = open_model(str(tmp_path / "small")).quantization
+    assert quantized is not None
+    kept = [name for name in all_linears(speaking.shape) if quantized.of(name) is None]
+    assert kept, "not all have to be quantized for it"
+    strict = make(speaking, Plan(UNCHANGED, "rtn"), tmp_path / "near", **text, max_loss=1e-3)
+    assert strict is not None
+    assert strict.divergence is not None
+    assert strict.divergence.value <= 1e-3
+    with pytest.raises(ValueError, match=r"takes .* MB at least"):
+        make(speaking, Plan(UNCHANGED), tmp_path / "none", **text, target_bytes=1000)
+    with pytest.raises(ConfigError, match="nothing can be quantized within these bounds"):
+        make(speaking, Plan(UNCHANGED), tmp_path / "none", **text, max_loss=0.0)
+
+
+def test_training_comes_after_calibration(speaking: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"text": [DEMO_MODEL / "README.md"], "samples": 8, "context": 16}
+    before = make(speaking, plan("int4-g6"), tmp_path / "calibrated", **settings, max_loss=9.0)
+    tuning = Tuning(steps=8, batch_tokens=128, micro_tokens=128, context=15, matrix_rate=3e-3)
+    with pytest.raises(ConfigError, match="--resume --force takes it"):
+        make(speaking, plan("int4-g6"), tmp_path / "tuned", **settings, tuning=tuning, max_loss=1e-9)
+    monkeypatch.setattr(posttraining, "tune", None)  # what was trained is taken
+    after = make(speaking, plan("int4-g6"), tmp_path / "tuned", **settings, tuning=tuning, max_loss=1e-9, resume=True, force=True)
+    assert before is not None
+    assert after is not None
+    assert before.divergence is not None
+    assert after.divergence is not None
+    assert after.divergence.value < before.divergence.value
+    assert json.loads((tmp_path / "tuned" / "quantization.json").read_text())["training"]["steps"] == 8
+    assert not (tmp_path / "tuned.partial").exists()

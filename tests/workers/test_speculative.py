@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from cluster.config import ConfigError
 from cluster.model import DEMO_MODEL
@@ -53,6 +54,9 @@ class Scripted:
 
     def forget(self, blocks: Some[int]) -> None:
         pass
+
+    def odds(self, spans: Some[Span], like: Tensor) -> tuple[Tensor, list[bool]]:
+        raise AssertionError("coupled draws do not ask")
 
 
 def requests(count: int, seed: int) -> tuple[list[list[int]], list[SamplingParams]]:

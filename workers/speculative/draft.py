@@ -8,26 +8,46 @@ noise, the proposal stands.
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from cluster.protocol import StepPlan, Transfer
 from workers.paged import PagedModel
 from workers.sampler import Sampler
+from workers.selection import rows_of
 from workers.sequences import SequenceState, Span, moves
+from workers.speculative.rejection import RejectionSampling
 
 _PIECE = 512
 """Tokens that are read at once."""
 
 
+@dataclass
+class _Drawn:
+    """What tokens proposed for a sequence were drawn from."""
+
+    start: int
+    """Position of the first."""
+    tokens: list[int] = field(default_factory=list)
+    odds: list[Tensor] = field(default_factory=list)
+    """[vocab] fp32 each."""
+
+
 class DraftModel:
     """See workers.speculative.drafter.Drafter."""
 
-    def __init__(self, model: PagedModel) -> None:
-        """model: whole, on this rank, of the target's vocabulary."""
+    def __init__(self, model: PagedModel, sampling: RejectionSampling | None = None) -> None:
+        """model: whole, on this rank, of the target's vocabulary. sampling: where its tokens are to be verified by rejection. Then
+        what each was drawn from is kept, 4 bytes for each id of the vocabulary, until its sequence runs again, enters anew or goes.
+        """
         self._model = model
         self._size = model.pool.block_size
         self._sampler = Sampler(model.decoder.kernels.picker(model.decoder.shape.vocab_size, model.device))
+        self._sampling = sampling
+        self._drawn: dict[int, _Drawn] = {}
         self.token_s = 0.0
         self._read = np.zeros(model.pool.num_blocks, dtype=np.int64)
         """[num_blocks]: of how many of its slots, from the first on, keys and values are those of what the target has there."""
@@ -36,6 +56,8 @@ class DraftModel:
     def move(self, plan: StepPlan) -> None:
         """See Drafter."""
         self._model.move(plan)
+        for seq in (*plan.finished, *(admission.seq for admission in plan.admitted)):
+            self._drawn.pop(seq, None)
         for move in moves(plan):
             if not isinstance(move, Transfer):
                 for source, target in move:
@@ -53,6 +75,7 @@ class DraftModel:
         """See Drafter. As many as the sequence's blocks have room for."""
         for span in spans:
             self._forget(span)
+            self._drawn.pop(span.state.seq, None)
         proposed: list[list[int]] = [[] for _ in spans]
         going = [(proposed[i], span.state, count) for i, span in enumerate(spans) if (count := self._room(span)) > 0]
         if not going:
@@ -63,12 +86,12 @@ class DraftModel:
             hidden = self._model.forward(reading)
             if len(hidden) > len(reading):
                 hidden = hidden.index_select(0, self._model.to_device(np.cumsum([span.num_tokens for span in reading]) - 1))
-            draws = self._sampler.draw(self._model.decoder.logits(hidden), reading)
+            draws = self._draw(self._model.decoder.logits(hidden), reading)
             coming: list[tuple[list[int], SequenceState, int]] = []
-            for (found, state, count), draw in zip(going, draws, strict=True):
-                found.append(draw.token)
+            for (found, state, count), token in zip(going, draws, strict=True):
+                found.append(token)
                 if len(found) < count:
-                    state.suggest(state.num_tokens + len(found) - 1, draw.token)
+                    state.suggest(state.num_tokens + len(found) - 1, token)
                     coming.append((found, state, count))
             if rounds == 0:
                 began = time.perf_counter()  # what it had to read is no part of a token's price
@@ -77,6 +100,37 @@ class DraftModel:
             reading = [Span(state, end - 1, end, True) for (_, state, _), end in zip(going, ends, strict=True)]
         self.token_s = (time.perf_counter() - began) / (rounds - 1) if rounds > 1 else 0.0
         return proposed
+
+    def odds(self, spans: Sequence[Span], like: Tensor) -> tuple[Tensor, list[bool]]:
+        """See Drafter."""
+        rows: list[Tensor] = []
+        known: list[bool] = []
+        for span in spans:
+            drawn = self._drawn.get(span.state.seq)
+            if drawn is not None and drawn.start == span.end - span.verify and drawn.tokens[: span.verify] == span.proposed:
+                rows += drawn.odds[: span.verify]
+                known.append(True)
+            else:
+                rows += like[:1].expand(span.verify, -1)
+                known.append(False)
+        return torch.stack(rows), known
+
+    def _draw(self, logits: Tensor, spans: Sequence[Span]) -> list[int]:
+        """A token after each of `spans`, from logits [len(spans), vocab] fp32, which are overwritten."""
+        sampled = [] if self._sampling is None else [i for i, span in enumerate(spans) if not span.state.draws.greedy]
+        if self._sampling is None or not sampled:
+            return [draw.token for draw in self._sampler.draw(logits, spans)]
+        tokens, odds = self._sampling.propose(rows_of(logits, sampled), [spans[i] for i in sampled])
+        for i, token, row in zip(sampled, tokens, odds, strict=True):
+            drawn = self._drawn.setdefault(spans[i].state.seq, _Drawn(spans[i].end))
+            drawn.tokens.append(token)
+            drawn.odds.append(row)
+        by_span = dict(zip(sampled, tokens, strict=True))
+        others = [i for i in range(len(spans)) if i not in by_span]
+        if others:
+            draws = self._sampler.draw(logits[others], [spans[i] for i in others])
+            by_span |= {i: draw.token for i, draw in zip(others, draws, strict=True)}
+        return [by_span[i] for i in range(len(spans))]
 
     def _room(self, span: Span) -> int:
         """How many of the tokens that are asked for can be proposed: all but the last are read, and need a slot each."""

@@ -1,10 +1,11 @@
-"""What proposes tokens, and which of them stand."""
+"""What proposes tokens."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
+from torch import Tensor
+
 from cluster.protocol import StepPlan
-from workers.sampler import Draw
 from workers.sequences import Span
 
 
@@ -23,15 +24,6 @@ class Drafter(Protocol):
     def propose(self, spans: Sequence[Span]) -> list[list[int]]:
         """For each of a plan's spans, which have been run, at most span.propose tokens that may follow what is known now."""
 
-
-def standing(span: Span, draws: Sequence[Draw]) -> list[Draw]:
-    """Of draws after each of `span.parts`, those that count: up to the first that is not the token proposed in its place.
-
-    Each is drawn from the logits that the target has after the tokens before it, with that position's noise: so those that count
-    are the draws that there would have been one by one (draft and target coupled by their noise).
-    """
-    proposed = span.state.tokens[span.end - span.verify : span.end].tolist()
-    stood = 0
-    while stood < span.verify and draws[stood].token == proposed[stood]:
-        stood += 1
-    return list(draws[: stood + 1])
+    def odds(self, spans: Sequence[Span], like: Tensor) -> tuple[Tensor, list[bool]]:
+        """For rejection sampling: the distribution that each of the tokens was drawn from which `spans` verify, of the shape [n,
+        vocab], dtype and device of `like`; and for each span whether it is still known. Where not its rows mean nothing."""

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from cluster.protocol import StepPlan
 from workers.sequences import SequenceState, Span
@@ -25,6 +27,11 @@ class PromptLookup:
     def propose(self, spans: Sequence[Span]) -> list[list[int]]:
         """See Drafter."""
         return [_following(span.state, span.propose) if span.propose else [] for span in spans]
+
+    def odds(self, spans: Sequence[Span], like: Tensor) -> tuple[Tensor, list[bool]]:
+        """See Drafter: no other tokens could have been proposed."""
+        proposed = torch.tensor([token for span in spans for token in span.proposed], device=like.device)
+        return torch.zeros_like(like).scatter_(1, proposed[:, None], 1.0), [True] * len(spans)
 
 
 def _following(state: SequenceState, count: int) -> list[int]:
