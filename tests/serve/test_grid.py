@@ -1,7 +1,7 @@
 """A model of each family, divided over the nodes of a Ray cluster and asked over HTTP, says what it says undivided.
 
-Greedy tokens are those of transformers, drawn ones those of the engine in one process. `make test` runs each tp x pp with one
-family, `make grid` each with every family.
+Greedy tokens are those of transformers, drawn ones those of the engine in one process; with linears in int8 all are the latter's.
+`make test` runs each tp x pp with one family, `make grid` each with every family.
 """
 
 import asyncio
@@ -27,6 +27,8 @@ NUM_TOKENS = 24
 FAMILIES = ["llama3-rope-tied", "mistral", "qwen2", "qwen3"]
 GRIDS = [(2, 1), (1, 2), (2, 2), (1, 4), (4, 1)]
 """On nodes of two CPUs: four tensor-parallel ranks lie on several nodes, and so do four stages."""
+QUANTIZED = (2, 2)
+"""Of these, weights and activations are in int8, whose sums are the same for any number of ranks."""
 
 
 def cases() -> list[Any]:
@@ -59,6 +61,10 @@ def test_divided_over_nodes(nodes: Nodes, tmp_path: Path, tp: int, pp: int, kind
         shutil.copy(DEMO_MODEL / name, model.path)
     prompts = [prompt(length, vocab=VOCAB) for length in LENGTHS]
     options = ["--dtype", "float32", "--max-num-batched-tokens", "64", "--tp", str(tp), "--pp", str(pp), "--kv-memory", "8MiB"]
+    how: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_memory": 8 << 20}
+    if (tp, pp) == QUANTIZED:
+        options += ["--quantization", "int8-dynamic"]
+        how["quantization"] = "int8-dynamic"
     server = start_server(tmp_path / "log", str(model.path), *options, nodes=nodes)
 
     async def together() -> list[list[int]]:
@@ -70,7 +76,11 @@ def test_divided_over_nodes(nodes: Nodes, tmp_path: Path, tp: int, pp: int, kind
         assert json.loads(server.request("/v1/models")[2])["data"][0]["max_model_len"] == 256
     finally:
         assert server.stop() == 0, server.log.read_text()
-    assert found[:3] == [model.oracle_greedy(ids, NUM_TOKENS) for ids in prompts]
-    whole = LLM(str(model.path), dtype="float32", device="cpu", kv_memory=8 << 20)
-    drawn = whole.generate(prompts, SamplingParams(temperature=0.9, seed=7, max_tokens=NUM_TOKENS), ignore_eos=True)
-    assert found[3:] == [completion.outputs[0].token_ids for completion in drawn]
+    whole = LLM(str(model.path), **how)
+
+    def alone(temperature: float) -> list[list[int]]:
+        params = SamplingParams(temperature=temperature, seed=7, max_tokens=NUM_TOKENS)
+        return [done.outputs[0].token_ids for done in whole.generate(prompts, params, ignore_eos=True)]
+
+    greedy = [model.oracle_greedy(ids, NUM_TOKENS) for ids in prompts] if (tp, pp) != QUANTIZED else alone(0.0)
+    assert found == [*greedy, *alone(0.9)]

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from cluster.schemes import Scheme, parse_precision
 from tests.workers.builds import built_for
-from workers.native.library import Library, PackedQuantized, Threads
+from workers.native.library import Library, PackedQuantized, PackedQuantizedPart, Threads
+from workers.quantization.linear import TorchQuantizedLinear
 from workers.quantization.weight import FP8, QuantizedWeight, quantize
 
 WEIGHT_ONLY = ["int8", "int8-asym", "int8-g8", "int8-asym-g24", "int8-tensor", "int4-g8", "int4-asym-g24", "int4-tensor", "fp8"]
@@ -108,3 +109,28 @@ def test_zeros_are_zeros_and_other_groups_are_refused(library: Library) -> None:
         assert torch.equal(linear(torch.zeros(3, 24)), torch.zeros(3, 9))
     with pytest.raises(ValueError, match="groups of 4 inputs: the native kernels take multiples of 8"):
         PackedQuantized(quantized("int8-g4", 24, 9), None, threads)
+
+
+@pytest.mark.parametrize("name", ["int8-dynamic", "int4-g24-dynamic", "fp8-dynamic"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_parts_of_several_ranks_are_rounded_by_the_range_of_all(library: Library, name: str, ranks: int) -> None:
+    threads, weight, x = Threads(library, 2), quantized(name, 144, 70), torch.randn(9, 144) * 3
+    x[4] = 0.0
+    whole = PackedQuantized(weight, None, threads)(x)
+    cuts = [range(i * 144 // ranks, (i + 1) * 144 // ranks) for i in range(ranks)]
+    parts = [PackedQuantizedPart(weight.columns(cut), threads, lambda _: x.abs().amax(-1)) for cut in cuts]
+    sums = torch.stack([part(x[:, cut.start : cut.stop]) for part, cut in zip(parts, cuts, strict=True)]).sum(0)
+    if name == "int8-dynamic":  # whole numbers
+        assert torch.equal(parts[0].finish(sums), whole)
+        assert torch.equal(TorchQuantizedLinear(weight)(x), whole)
+    torch.testing.assert_close(parts[0].finish(sums), whole, atol=1e-4, rtol=1e-5)
+
+
+def test_ranks_that_cannot_be_reached_are_an_error(library: Library) -> None:
+    def gone(_: Tensor) -> Tensor:
+        raise RuntimeError("the other rank is gone")
+
+    part = PackedQuantizedPart(quantized("int8-dynamic", 24, 5), Threads(library, 1), gone)
+    sums = part(torch.randn(2, 24))
+    with pytest.raises(RuntimeError, match="the other rank is gone"):
+        part.finish(sums)
