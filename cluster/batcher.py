@@ -319,7 +319,7 @@ class Batcher:
             elif isinstance(sequence, Beam):
                 outcome = self._advance_beam(sequence, drawn[chunk.seq].logprobs[0]) if chunk.sample else []
             elif chunk.sample:
-                self._verified(sequence, chunk, drawn[chunk.seq])
+                delta.verified = self._verified(sequence, chunk, drawn[chunk.seq])
                 self._advance(sequence, drawn[chunk.seq], delta)
             elif sequence.params.max_tokens == 0 and sequence.schedulable == 0 and sequence.in_flight == 0:
                 delta.finish = "length"  # there was only the prompt to be told of
@@ -345,16 +345,15 @@ class Batcher:
         """Whether this is the result of the oldest plan in flight."""
         return bool(self.in_flight) and self.in_flight[0].answered_by(result)
 
-    def _verified(self, sequence: Sequence, chunk: Chunk, result: ChunkResult) -> None:
-        """Only the proposals that stood were computed for good."""
+    def _verified(self, sequence: Sequence, chunk: Chunk, result: ChunkResult) -> tuple[int, int] | None:
+        """Only the proposals that stood were computed for good. Returns TokenDelta.verified."""
         sequence.proposed = list(result.proposed)
+        stood = len(result.tokens) - 1
         if chunk.verify:
-            stood = len(result.tokens) - 1
             sequence.num_computed -= chunk.verify - stood
             self.pace.verified(sequence, chunk.verify, stood)
-            self.counters.verified += 1
-            self.counters.proposed += chunk.verify
-            self.counters.accepted += stood
+            self.counters.count_verified(chunk.verify, stood)
+        return (chunk.verify, stood) if self.config.speculative_tokens else None
 
     def _advance(self, sequence: Sequence, result: ChunkResult, delta: TokenDelta) -> None:
         """Take in the tokens drawn, up to one that ends the choice."""

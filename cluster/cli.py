@@ -113,9 +113,10 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
     from router.tokenizer import load
 
     if config.draft_model is not None:
+        from workers.device import resolve_max_model_len
         from workers.speculative.load import open_draft
 
-        open_draft(config.draft_model, files.shape)
+        open_draft(config, files.shape, resolve_max_model_len(config, files.shape))
     draft = None if config.draft_model is None else _anywhere(config.draft_model)
     config = dataclasses.replace(config, model=_anywhere(config.model), draft_model=draft)
     load(files.path)  # a broken tokenizer is the user's to mend, so it is said here and not by a replica
@@ -265,11 +266,12 @@ def distill(target: str, out: Path, text: tuple[Path, ...], held_out: tuple[Path
         figures = train(files, recipe, texts, out, held_out_texts=others, resume=resume)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
-    for name, found in figures["acceptance"].items():
-        shares = ", ".join(f"{share:.0%}" for share in found["by_position"])
-        click.echo(
-            f"{name}: {shares} of the proposed tokens stand, {found['tokens_per_step']:.2f} tokens for each step of the target"
-        )
+    for rule, by_name in figures["acceptance"].items():
+        for name, found in by_name.items():
+            shares = ", ".join(f"{share:.0%}" for share in found["by_position"])
+            click.echo(
+                f"{rule}, {name}: {shares} of the proposed tokens stand, {found['tokens_per_step']:.2f} tokens for each step"
+            )
 
 
 _TEXT = click.Path(path_type=Path, exists=True)

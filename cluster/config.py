@@ -160,6 +160,8 @@ class Config:
     last few tokens where the sequence had them before (prompt lookup, Saxena 2023). draft: what draft_model draws."""
     draft_model: str | None = None
     """A small model of the same vocabulary: a directory or hub id. Only the rank that draws loads it, whole."""
+    draft_revision: str | None = None
+    """As revision, of the draft model."""
     draft_quantization: str | None = None
     """As quantization, of the draft model."""
     speculative_tokens: int = 4
@@ -233,8 +235,9 @@ class Config:
             raise ConfigError(f"speculative_tokens is {self.speculative_tokens}, but must be from 1 to 32")
         if (self.draft_model is not None) != (self.speculative == "draft"):
             raise ConfigError("speculative draft and draft_model go together")
-        if self.draft_quantization is not None and self.draft_model is None:
-            raise ConfigError("draft_quantization is for a draft_model")
+        for name in ("draft_revision", "draft_quantization"):
+            if getattr(self, name) is not None and self.draft_model is None:
+                raise ConfigError(f"{name} is for a draft_model")
         if self.speculative != "off" and self.batching != "continuous":
             raise ConfigError("speculation is for continuous batching")
         if not 1 <= self.port <= 65535:

@@ -35,6 +35,7 @@ class EngineMetrics:
             MetricSample("vllm:spec_decode_num_drafts_total", labels, float(self.batches.verified)),
             MetricSample("vllm:spec_decode_num_draft_tokens_total", labels, float(self.batches.proposed)),
             MetricSample("vllm:spec_decode_num_accepted_tokens_total", labels, float(self.batches.accepted)),
+            *self._positions(labels),
             MetricSample("rayline:engine_epochs_total", labels, float(self.epochs)),
             *(
                 MetricSample("rayline:stage_compute_seconds_total", (*labels, ("stage", str(stage))), seconds)
@@ -42,6 +43,15 @@ class EngineMetrics:
             ),
             *self._pulls(labels),
             *self.channel,
+        ]
+
+    def _positions(self, labels: tuple[tuple[str, str], ...]) -> list[MetricSample]:
+        """accepted / tried is the share that stands where all before it do: proposals differ in length, so both are needed."""
+        names = {"vllm:spec_decode_num_accepted_tokens": "accepted_at", "rayline:spec_decode_num_tried_tokens": "tried_at"}
+        return [
+            MetricSample(f"{name}_per_pos_total", (*labels, ("position", str(at))), float(getattr(self.batches, counted)[at]))
+            for name, counted in names.items()
+            for at in sorted(self.batches.tried_at)
         ]
 
     def _pulls(self, labels: tuple[tuple[str, str], ...]) -> list[MetricSample]:

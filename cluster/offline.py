@@ -16,7 +16,7 @@ from cluster.protocol import EngineStats, FinishReason, Request, SamplingParams,
 from cluster.structs import replace
 from kv.manager import KVManager
 from router.choice import Choice, Reading
-from router.generation import ChoiceDelta
+from router.generation import ChoiceDelta, Speculation
 from router.tokenizer import Tokenizer, load
 from workers.local import LocalRanks
 from workers.runner import ModelRunner
@@ -45,6 +45,8 @@ class Completion:
     outputs: list[Output]
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """Per prompt token, where the params ask for them; None for the first, which follows nothing."""
+    speculative: Speculation | None = None
+    """What speculation did for it, where it is on."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,12 @@ class _Run:
                 assert batcher.expects(result), "not the result of the oldest plan"
                 for delta in batcher.update(result):
                     choice_delta = ChoiceDelta(
-                        delta.choice, delta.tokens, delta.logprobs, delta.finish, prompt_logprobs=delta.prompt_logprobs
+                        delta.choice,
+                        delta.tokens,
+                        delta.logprobs,
+                        delta.finish,
+                        prompt_logprobs=delta.prompt_logprobs,
+                        verified=delta.verified,
                     )
                     number, text = self._feed(delta.request, choice_delta)
                     if text:
@@ -205,12 +212,15 @@ class _Run:
 
     def _feed(self, request: str, delta: ChoiceDelta) -> tuple[int, str]:
         number, reader = self._choices[request, delta.choice]
-        told = self.completions[number].prompt_logprobs
-        if told is not None:
-            told += delta.prompt_logprobs
+        completion = self.completions[number]
+        if completion.prompt_logprobs is not None:
+            completion.prompt_logprobs += delta.prompt_logprobs
+        if delta.verified is not None:
+            completion.speculative = completion.speculative or Speculation()
+            completion.speculative.add(*delta.verified)
         reader.feed(delta)
         gained = reader.take()
-        output = self.completions[number].outputs[delta.choice]
+        output = completion.outputs[delta.choice]
         output.text += gained.text
         output.token_ids += gained.tokens
         output.logprobs += gained.logprobs

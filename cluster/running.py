@@ -9,7 +9,8 @@ A group of beams takes the places of all beams that it may come to, from its fir
 
 import bisect
 import itertools
-from dataclasses import dataclass, fields
+from collections import Counter
+from dataclasses import dataclass, field, fields
 
 from cluster.beams import Beam
 from cluster.config import BatchConfig
@@ -39,6 +40,18 @@ class Counters:
     """... these tokens ..."""
     accepted: int = 0
     """... and of these, the ones that stood."""
+    tried_at: Counter[int] = field(default_factory=Counter)
+    """By place in its chunk, from 0: proposed tokens before which all others stood ..."""
+    accepted_at: Counter[int] = field(default_factory=Counter)
+    """... and of these, the ones that stood too."""
+
+    def count_verified(self, proposed: int, stood: int) -> None:
+        """The first `stood` of so many proposed tokens stood."""
+        self.verified += 1
+        self.proposed += proposed
+        self.accepted += stood
+        self.tried_at.update(range(min(proposed, stood + 1)))
+        self.accepted_at.update(range(stood))
 
     def __add__(self, other: "Counters") -> "Counters":
         """Of both."""

@@ -20,7 +20,7 @@ from cluster.model import ModelFiles
 from cluster.offline import LLM
 from cluster.protocol import SamplingParams
 from cluster.shape import ModelShape
-from compress.acceptance import K, measure
+from compress.acceptance import K, figures_of, measure
 from compress.corpus import GOLDEN
 from compress.training import Plan, Trainer
 from router.tokenizer import load
@@ -208,7 +208,7 @@ def distill(
         "tokens": trainer.tokens,
         "minutes": round(trainer.schedule.seconds / 60, 1),
         "kl_nats_per_token": loss,
-        "acceptance": {name: asdict(found) for name, found in measure(files, out, held_out).items()},
+        "acceptance": figures_of(measure(files, str(out), held_out)),
         "proposed_at_a_time": K,
     }
     (out / "distillation.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

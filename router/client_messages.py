@@ -101,6 +101,18 @@ class PositionLogprobs:
 
 
 @dataclass(frozen=True)
+class Speculation:
+    """What speculation did for a request."""
+
+    proposed_tokens: int
+    """Those that were verified ..."""
+    accepted_tokens: int
+    """... and of these, the ones that stood."""
+    steps: int
+    """Iterations that verified some, counted for each output."""
+
+
+@dataclass(frozen=True)
 class Usage:
     """Tokens of a request."""
 
@@ -108,6 +120,8 @@ class Usage:
     completion_tokens: int
     cached_tokens: int
     """Of the prompt's, those whose KV was found in a cache."""
+    speculative: Speculation | None = None
+    """None where the server does not speculate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +352,9 @@ def _output(output: pb.Output) -> dict[str, Any]:
 
 
 def _usage(usage: pb.Usage) -> Usage:
-    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+    told = usage.speculative
+    speculative = Speculation(told.proposed_tokens, told.accepted_tokens, told.steps) if usage.HasField("speculative") else None
+    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, speculative)
 
 
 def _position(entry: pb.PositionLogprobs) -> PositionLogprobs:

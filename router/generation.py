@@ -37,6 +37,26 @@ class ChoiceDelta:
     """With params.prompt_logprobs: of the next prompt positions, from 1 on. All come before the first token of any choice."""
     cached_tokens: int | None = None
     """With the generation's first news: how many tokens of its prompt were found in a cache."""
+    verified: tuple[int, int] | None = None
+    """Where speculation is on and something was drawn: how many proposed tokens were verified for it, and how many stood."""
+
+
+@dataclass
+class Speculation:
+    """What speculation did for a request: all attempts, prompts and choices together."""
+
+    proposed_tokens: int = 0
+    """Those that were verified ..."""
+    accepted_tokens: int = 0
+    """... and of these, the ones that stood, with those after an end that was found among them."""
+    steps: int = 0
+    """Iterations that verified some, counted for each choice."""
+
+    def add(self, proposed: int, stood: int) -> None:
+        """Take in ChoiceDelta.verified."""
+        self.proposed_tokens += proposed
+        self.accepted_tokens += stood
+        self.steps += proposed > 0
 
 
 class Overloaded(Exception):

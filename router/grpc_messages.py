@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -167,7 +168,13 @@ class Writer:
 
 def usage_of(run: Run) -> pb.Usage:
     """What was counted so far."""
-    return pb.Usage(prompt_tokens=run.prompt_tokens, completion_tokens=run.completion_tokens, cached_tokens=run.cached_tokens)
+    told = run.speculation
+    return pb.Usage(
+        prompt_tokens=run.prompt_tokens,
+        completion_tokens=run.completion_tokens,
+        cached_tokens=run.cached_tokens,
+        speculative=None if told is None else pb.Speculation(**asdict(told)),
+    )
 
 
 def model_of(card: Model) -> pb.Model:

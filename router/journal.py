@@ -114,7 +114,7 @@ class _Entry:
         self.scored += len(scores)
         self.emitted[choice].extend(tokens)
         self.finished[choice] = over or finish is not None
-        return ChoiceDelta(choice, tokens, logprobs, finish, queued_s, scores, cached)
+        return ChoiceDelta(choice, tokens, logprobs, finish, queued_s, scores, cached, delta.verified)
 
     def bound_to(self, engine: str, epoch: int) -> bool:
         return self.placement is not None and (self.placement.engine, self.placement.epoch) == (engine, epoch)

@@ -6,6 +6,7 @@ from contextlib import aclosing
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -39,7 +40,8 @@ class Reply(Response):
 
     def _usage(self) -> Usage:
         prompt, completion = self._run.prompt_tokens, self._run.completion_tokens
-        return Usage(prompt, completion, prompt + completion, PromptTokensDetails(self._run.cached_tokens))
+        cached, speculation = PromptTokensDetails(self._run.cached_tokens), self._run.speculation
+        return Usage(prompt, completion, prompt + completion, cached, UNSET if speculation is None else speculation)
 
     def _error(self, error: Exception) -> ApiError:
         return as_api_error(error, self._run.size_param)

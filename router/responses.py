@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from msgspec import UNSET, Raw, Struct, UnsetType
 
+from router.generation import Speculation
+
 Finish = Literal["stop", "length"]
 TokenIds = list[int] | UnsetType
 """Present only where the request set return_token_ids."""
@@ -29,6 +31,8 @@ class Usage(Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    speculative: Speculation | UnsetType = UNSET
+    """Present only where speculation is on."""
 
 
 class CompletionLogprobs(Struct):

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from router.choice import Choice, Increment, Reading
-from router.generation import ChoiceDelta, Generation, Generator
+from router.generation import ChoiceDelta, Generation, Generator, Speculation
 from router.metrics import RouterMetrics
 from router.prompt import Prompt
 from router.vocabulary import Vocabulary
@@ -54,6 +54,8 @@ class Run:
         self._begun: set[int] = set()
         self._cached = [0] * len(job.generations)
         self._open = len(self._choices)
+        self.speculation: Speculation | None = None
+        """None as long as nothing was drawn, and where speculation is off or, as with beams, there is none."""
 
     @property
     def finished(self) -> bool:
@@ -138,6 +140,9 @@ class Run:
                 self._metrics.queued(delta.queued_s)
             if delta.cached_tokens is not None:
                 self._cached[prompt] = delta.cached_tokens
+            if delta.verified is not None:
+                self.speculation = self.speculation or Speculation()
+                self.speculation.add(*delta.verified)
             if choice.finish is not None:
                 continue
             if delta.finish in ("cancelled", "error"):

@@ -35,6 +35,8 @@ class TokenDelta(Wire, kw_only=True):
     """News of the request rather than of the choice: prompt positions [prompt_index, prompt_index + len(prompt_logprobs))."""
     cached_tokens: int | None = None
     """With the first delta of a choice: tokens of the prompt whose KV was there already when it first ran."""
+    verified: tuple[int, int] | None = None
+    """Where speculation is on and something was drawn: how many proposed tokens were verified for it, and how many stood."""
 
 
 class Deltas(Wire, tag=True):

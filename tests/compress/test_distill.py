@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from transformers import Qwen3ForCausalLM
+from typer.testing import CliRunner
 
 from cluster.model import DEMO_MODEL, open_model
 from cluster.offline import LLM
 from cluster.protocol import SamplingParams
-from compress.acceptance import loops
+from compress.acceptance import loops, main
 from compress.distill import Distillation, DraftShape, Mixture, against, distill, encoded, read_text, student_of
 from tests.workers.models import make_model
 
@@ -33,15 +35,26 @@ def recipe(**changes: object) -> Distillation:
 
 
 def test_a_draft_is_trained_written_and_used(target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.acceptance.PROMPTS", 3)
+    monkeypatch.setattr("compress.acceptance.PROMPTS", 2)
     monkeypatch.setattr("compress.acceptance.OUTPUT", 12)
     files = open_model(str(target))
     figures = distill(files, recipe(), [TEXT * 60], tmp_path / "draft", held_out_texts=[TEXT * 20])
     assert (figures["steps"], figures["tokens"]) == (4, 512)
-    assert set(figures["acceptance"]) == {"greedy", "temperature 0.8"}
-    assert all(len(found["by_position"]) == 4 and found["prompts"] == 3 for found in figures["acceptance"].values())
+    coupled, rejection = (figures["acceptance"][rule] for rule in ("coupled", "rejection"))
+    assert set(coupled) == set(rejection) == {"greedy", "temperature 0.8"}
+    assert coupled["greedy"] == rejection["greedy"], "nothing is rejected where nothing is drawn"
+    assert all(len(found["by_position"]) == 4 and found["prompts"] == 2 for found in (*coupled.values(), *rejection.values()))
+    (tmp_path / "text").write_text(TEXT * 20)
+    arguments = [str(target), str(tmp_path / "draft"), "--held-out", str(tmp_path / "text"), "--out", str(tmp_path / "figures")]
+    app = typer.Typer()
+    app.command()(main)
+    shown = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert shown.output.count("|\n") == 6
+    assert json.loads((tmp_path / "figures").read_text()) == figures["acceptance"], "the same text, the same figures"
     assert json.loads((tmp_path / "draft" / "distillation.json").read_text())["kl_nats_per_token"] == figures["kl_nats_per_token"]
     assert not {"checkpoint.pt", "samples.pt"} & {file.name for file in (tmp_path / "draft").iterdir()}
+    wrong = CliRunner().invoke(app, [str(target), str(tmp_path / "nowhere"), *arguments[2:]])
+    assert (wrong.exit_code, "Traceback" in wrong.output) == (2, False)
     params = SamplingParams(seed=1, max_tokens=20)
     with LLM(str(target), threads=1, dtype="float32", speculative="draft", draft_model=str(tmp_path / "draft")) as llm:
         given = llm.generate([TEXT], params, ignore_eos=True)[0].outputs[0].token_ids

@@ -359,6 +359,24 @@ def test_cached_tokens_are_told_over_all_prompts(tokenizer: Tokenizer, served: S
     assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 7}
 
 
+def test_what_speculation_did_is_told_over_all_choices_and_prompts(tokenizer: Tokenizer, served: ServedModel) -> None:
+    def script(generation: Generation) -> Iterator[Step]:
+        yield [ChoiceDelta(choice, [50], verified=(0, 0)) for choice in range(2)]
+        yield [ChoiceDelta(0, [51, 52], verified=(4, 1)), ChoiceDelta(1, [51], verified=(2, 0))]
+        yield [ChoiceDelta(0, [53], [], "length", verified=(0, 0)), ChoiceDelta(1, [52, 53], [], "length", verified=(1, 1))]
+
+    api = Api(tokenizer, served, script)
+    body: dict[str, Any] = {"prompt": [[8, 9], [6, 7]], "n": 2, "max_tokens": 4}
+    counted = {"proposed_tokens": 14, "accepted_tokens": 4, "steps": 6}
+    assert api.post(PATH, **body)["usage"]["speculative"] == counted
+    assert api.events(PATH, **body, stream_options={"include_usage": True})[-1]["usage"]["speculative"] == counted
+    chat = "/v1/chat/completions"
+    body = {"messages": [{"role": "user", "content": "a"}], "n": 2, "max_tokens": 4}
+    counted = {"proposed_tokens": 7, "accepted_tokens": 2, "steps": 3}
+    assert api.post(chat, **body)["usage"]["speculative"] == counted
+    assert api.events(chat, **body, stream_options={"include_usage": True})[-1]["usage"]["speculative"] == counted
+
+
 def test_prefixes_are_kept_apart_by_api_key_where_that_is_asked(tokenizer: Tokenizer, served: ServedModel) -> None:
     def salts(model: ServedModel) -> list[str]:
         api = Api(tokenizer, model, lambda _: one_by_one([50]))

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from cluster.protocol import TokenLogprobs
 from router import inference_pb2 as pb
-from router.client import AsyncClient, Client, RaylineError, Turn, Usage
+from router.client import AsyncClient, Client, RaylineError, Speculation, Turn, Usage
 from router.client_messages import generation_request as request_of
 from router.generation import ChoiceDelta, Generation, Overloaded, TimedOut, TooLarge, Unavailable
 from router.grpc_messages import MAX_DETAILS, generation_request
@@ -100,6 +100,14 @@ def test_complete(tokenizer: Tokenizer, served: ServedModel) -> None:
     assert plain.prompt_logprobs == []
     assert plain.usage == Usage(2, len(plain.outputs[0].token_ids), 0)
     assert api.generator.generations[1].prompt == [5, 6]
+
+
+def test_what_speculation_did(tokenizer: Tokenizer, served: ServedModel) -> None:
+    steps = [[ChoiceDelta(0, [50], verified=(0, 0))], [ChoiceDelta(0, [51, 52], [], "length", verified=(4, 1))]]
+    with client_of(GrpcApi(tokenizer, served, lambda _: steps)) as client:
+        assert client.complete([5, 6], max_tokens=3).usage.speculative == Speculation(4, 1, 1)
+        *_, last = client.generate([5, 6], max_tokens=3)
+    assert last.usage == Usage(2, 3, 0, Speculation(4, 1, 1))
 
 
 def test_log_probabilities_of_the_prompt(tokenizer: Tokenizer, served: ServedModel) -> None:

@@ -101,6 +101,17 @@ def test_the_next_attempt_takes_what_was_delivered_along(bound: Bench) -> None:
     assert len(bound.journal) == 0
 
 
+def test_what_was_verified_is_told_by_each_attempt(bound: Bench) -> None:
+    told = [delta(0, 0, 1, 2), delta(1, 2, 3, 4, 5), delta(1, 5, 6, end=True)]
+    for news, verified in zip(told, ((4, 1), (3, 2), (0, 0)), strict=True):
+        news.verified = verified
+    bound.hear(Deltas("e", 1, told[:1]), EngineDown("e", 1))
+    bound.bind(attempt=1, engine="f", epoch=7)
+    bound.hear(Deltas("e", 1, told[:1]), Deltas("f", 7, told[1:]))
+    heard = [each.verified for news in bound.journal.take_news() for each in news.deltas]
+    assert heard == [(4, 1), (3, 2), (0, 0)], "what a dead engine says again is not counted"
+
+
 def test_an_overlap_is_delivered_once(bound: Bench) -> None:
     bound.hear(Deltas("e", 1, [delta(0, 0, 1, 2)]), Deltas("e", 1, [delta(0, 1, 2, 3)]), Deltas("e", 1, [delta(0, 0, 1, 2, 3)]))
     assert bound.tokens() == [1, 2, 3]

@@ -282,11 +282,17 @@ def test_metrics_count_what_was_served(server: Server) -> None:
 
 def test_repetitive_text_is_speculated_on_where_that_is_switched_on(server: Server) -> None:
     before = server.gauge("vllm:spec_decode_num_accepted_tokens_total")
-    text = server.client.completions.create(
+    answer = server.client.completions.create(
         model="demo", prompt="a = [1, 2, 3, 4]\n" * 12, max_tokens=48, temperature=0, logprobs=0, extra_body={"ignore_eos": True}
-    ).choices[0]
+    )
+    text = answer.choices[0]
     assert text.logprobs is not None
     assert text.logprobs.token_logprobs is not None
     assert len(text.logprobs.token_logprobs) == 48
     if "--speculative" in server.process.args:  # type: ignore[operator]
         server.wait_for_at_least("vllm:spec_decode_num_accepted_tokens_total", before + 1)
+        told = answer.to_dict()["usage"]["speculative"]  # type: ignore[index]
+        assert told["proposed_tokens"] >= told["accepted_tokens"] > 0
+        assert 48 > told["steps"] > 0
+    else:
+        assert "speculative" not in answer.to_dict()["usage"]  # type: ignore[operator]

@@ -1,4 +1,8 @@
-"""Speculation changes how many iterations it takes, and no token: any drafter, any division of the model, any parameters."""
+"""Speculation changes how many iterations it takes, and no token: any drafter, any division of the model, any parameters.
+
+Each case has requests of its own, greedy and sampled. Over all tp x pp (and small pools, and without a prefix cache) that makes
+12 x 50 requests for a scripted drafter, 5 x 60 for prompt lookup and 8 x 60 for a draft model.
+"""
 
 import random
 import shutil
@@ -136,10 +140,13 @@ def plain(load: Callable[..., LLM]) -> LLM:
     return load()
 
 
-@pytest.mark.parametrize("grid", [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}])
+GRIDS: list[dict[str, Any]] = [{}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("wrong", [1, 3, 1000])
 def test_all_tokens_are_those_without(plain: LLM, load: Callable[..., LLM], grid: dict[str, int], wrong: int) -> None:
-    prompts, params = requests(50, wrong)
+    prompts, params = requests(50, seed=10 * wrong + GRIDS.index(grid))
     wanted = plain.generate(prompts, params, ignore_eos=True)
     outputs = {(p.seed, c): out.token_ids for p, done in zip(params, wanted, strict=True) for c, out in enumerate(done.outputs)}
     llm = load(speculative="lookup", **grid)
@@ -169,15 +176,27 @@ def test_speculation_changes_no_token_over_quantized_keys_and_values(load: Calla
         assert llm.batcher.counters.accepted > 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"tp": 2}, {"pp": 2}, {"blocks": 8, "max_num_seqs": 5}, {"prefix_cache": "off"}])
+POOLS: list[dict[str, Any]] = [{}, {"tp": 2}, {"pp": 2}, {"blocks": 8, "max_num_seqs": 5}, {"prefix_cache": "off"}]
+
+
+@pytest.mark.parametrize("settings", POOLS)
 def test_lookup_changes_no_token(plain: LLM, load: Callable[..., LLM], settings: dict[str, Any]) -> None:
-    prompts, params = requests(60, 7)
+    prompts, params = requests(60, seed=700 + POOLS.index(settings))
     wanted = plain.generate(prompts, params, ignore_eos=True)
     llm = load(speculative="lookup", speculative_tokens=6, **settings)
+    answers: list[Completion] = []
     for _ in range(2):  # the second time out of the prefix cache
-        check(llm.generate(prompts, params, ignore_eos=True), wanted)
-    assert llm.batcher.counters.proposed > llm.batcher.counters.accepted > 0
-    assert (llm.batcher.counters.preemptions > 0) == ("blocks" in settings)
+        answers += llm.generate(prompts, params, ignore_eos=True)
+        check(answers[-len(wanted) :], wanted)
+    counters = llm.batcher.counters
+    assert counters.proposed > counters.accepted > 0
+    assert (counters.preemptions > 0) == ("blocks" in settings)
+    told = [done.speculative for done in answers if done.speculative is not None]
+    assert len(told) == len(answers)
+    assert sum(one.proposed_tokens for one in told) == counters.proposed
+    assert sum(one.accepted_tokens for one in told) == counters.accepted
+    assert sum(one.steps for one in told) == counters.verified
+    assert all(done.speculative is None for done in wanted)
 
 
 HARD: list[dict[str, Any]] = [
@@ -194,7 +213,7 @@ HARD: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("settings", HARD)
 def test_a_model_as_its_own_draft(plain: LLM, load: Callable[..., LLM], model: Path, settings: dict[str, Any]) -> None:
-    prompts, params = requests(60, 8)
+    prompts, params = requests(60, seed=8 + 99 * HARD.index(settings))
     wanted = plain.generate(prompts, params, ignore_eos=True)
     llm = load(speculative="draft", draft_model=str(model), **settings)
     for _ in range(2):
@@ -216,12 +235,19 @@ def test_a_draft_that_knows_nothing_is_given_up(plain: LLM, load: Callable[..., 
     assert wise.batcher.counters.proposed < 0.1 * sum(p.max_tokens for p in long)
 
 
-def test_a_draft_of_another_vocabulary_is_refused(load: Callable[..., LLM], tmp_path: Path) -> None:
+def test_a_draft_that_does_not_fit_is_refused(load: Callable[..., LLM], tmp_path: Path) -> None:
     other = make_model(tmp_path / "other", "llama", vocab_size=VOCAB - 1)
     with pytest.raises(ConfigError, match="same vocabulary"):
         load(speculative="draft", draft_model=str(other.path))
     with pytest.raises(ConfigError, match="go together"):
         load(speculative="draft")
+    with pytest.raises(ConfigError, match="draft_revision is for a draft_model"):
+        load(draft_revision="v2")
+    short = make_model(tmp_path / "short", "llama", vocab_size=VOCAB).path / "config.json"
+    entry = '"max_position_embeddings": '
+    short.write_text(short.read_text().replace(f"{entry}{MAX_LEN}", f"{entry}{MAX_LEN - 1}"))
+    with pytest.raises(ConfigError, match=f"positions for {MAX_LEN - 1} tokens, but max_model_len is {MAX_LEN}"):
+        load(speculative="draft", draft_model=str(short.parent))
 
 
 def test_a_stop_string_inside_an_accepted_run(plain: LLM, load: Callable[..., LLM]) -> None:

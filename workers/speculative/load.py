@@ -17,16 +17,20 @@ def load_draft(config: Config, target: ModelShape, max_model_len: int, device: t
     """The whole of it, whatever the target is divided into; None where the settings name none. Raises ConfigError."""
     if config.draft_model is None:
         return None
-    files = open_draft(config.draft_model, target)
+    files = open_draft(config, target, max_model_len)
     dtype = resolve_dtype(config.dtype, files.shape.dtype, device, kernels.cpu_dtypes)
     recipe = parse_recipe(config.draft_quantization)
     return load_decoder(files, partition(files.shape), dtype, device, max_model_len, kernels=kernels, recipe=recipe)
 
 
-def open_draft(name: str, target: ModelShape) -> ModelFiles:
-    """A directory or hub id. Raises ConfigError where it can't propose for the target."""
-    files = open_model(name)
+def open_draft(config: Config, target: ModelShape, max_model_len: int) -> ModelFiles:
+    """The files of the draft model that the settings name. Raises ConfigError where it can't propose for the target."""
+    assert config.draft_model is not None
+    files = open_model(config.draft_model, config.draft_revision)
     if files.shape.vocab_size != target.vocab_size:
         sizes = f"{files.shape.vocab_size} tokens, but the model {target.vocab_size}"
         raise ConfigError(f"the draft model has {sizes}: they must have the same vocabulary")
+    positions = files.shape.max_position_embeddings
+    if positions < max_model_len:
+        raise ConfigError(f"the draft model has positions for {positions} tokens, but max_model_len is {max_model_len}")
     return files
