@@ -55,7 +55,9 @@ def test_the_same_tokens_as_over_http(server: Server, client: Client, parameters
         assert len(own) > 2, "it came in steps"
     usage = (http["usage"]["prompt_tokens"], http["usage"]["completion_tokens"])
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == usage
-    assert events[-1].usage == whole.usage
+    told = events[-1].usage  # what was proposed depends on the time that iterations took
+    assert told is not None
+    assert (told.prompt_tokens, told.completion_tokens) == usage
 
 
 def test_a_chat_is_the_same_as_over_http(server: Server, client: Client) -> None:
@@ -178,6 +180,7 @@ def test_nothing_of_this_is_a_failure_of_the_server(server: Server, log_start: i
     garbage collector comes upon it."""
     lines = [re.sub(r"^\S*\(ProxyActor pid=\d+\)\S*", "", line).strip() for line in server.log.read_text()[log_start:].splitlines()]
     said = "\n".join(lines)
-    dropped = r"Traceback \(most recent call last\):\n[^\n]*/ray/serve/_private/proxy\.py[^\n]*\nyield result\nGeneratorExit"
+    rest = r"\n[^\n]*/ray/serve/_private/proxy\.py[^\n]*\nyield result\nGeneratorExit|\Z"  # or it is being written just now
+    dropped = rf"Traceback \(most recent call last\):(?:{rest})"
     assert "Traceback" not in re.sub(dropped, "", said)
     assert "never retrieved" not in said
