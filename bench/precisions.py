@@ -35,6 +35,7 @@ from compress.layers import num_parameters
 from compress.mixed import DEFAULT, search
 from compress.qat import Tuning, control, tune
 from compress.quantize import Method, Plan, quantize
+from parallel.partition import layer_cost
 from workers.quantization.weight import Ranging
 
 SCRIPT = str(Path(__file__).parent / "peers" / "precision_peer.py")
@@ -171,17 +172,11 @@ class Maker:
         if self.arguments.random:  # nothing to go by
             quarter = max(1, self.files.shape.num_layers // 4)
             return parse_recipe(f"layers.0-{quarter - 1}: int8, rest: int4-g128")
-        linears = sum(size for size in _linear_sizes(self.files))
+        linears = layer_cost(self.files.shape) * self.files.shape.num_layers  # a multiplication for each weight
         target = 2 * num_parameters(self.files.shape) - 2 * linears * (1 - self.arguments.share)
         recipe, _, loss = search(self.files, self._rows(16), [parse_precision(p) for p in DEFAULT], target_bytes=int(target))
         print(f"mixed, expected to lose {loss:.4f} nats: {recipe}", flush=True)
         return recipe
-
-
-def _linear_sizes(files: ModelFiles) -> list[int]:
-    shape = files.shape
-    heads = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    return [shape.hidden_size * (heads + 3 * shape.intermediate_size)] * shape.num_layers
 
 
 def _accuracy(made: dict[str, Path], files: ModelFiles, arguments: argparse.Namespace) -> dict[str, Evaluation]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cluster.model import ModelFiles
 from cluster.schemes import Precision, Recipe, Scheme
-from compress.qat import linears
+from compress.qat import linears, load
 from workers.device import torch_dtype
 from workers.quantization.weight import quantize
 
@@ -56,7 +56,7 @@ def search(
 ) -> tuple[Recipe, float, float]:
     """A recipe for at most target_bytes of tensors, or for a loss of at most most_loss, measured on some of `rows` [n, length] of
     token ids; its bytes in all and the loss to be expected. Raises ValueError where the model cannot be so small."""
-    model = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32).eval()
+    model = load(files).eval()
     width = torch_dtype(files.shape.dtype).itemsize
     units = sensitivities(model, rows[:_WINDOWS, :_LENGTH], precisions, 8 * width)
     chosen = sum(unit.options[0].bytes for unit in units)

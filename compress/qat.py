@@ -100,8 +100,9 @@ def tune(
 def control(files: ModelFiles, plan: Tuning, rows: Tensor, out: Path) -> ModelFiles:
     """The same training without any rounding, to compare with: what comes of it is written in fp32."""
     student = load(files)
-    for name, weight in student.named_parameters():
-        weight.requires_grad_(name.removesuffix(".weight") in dict(linears(student)))
+    student.requires_grad_(False)
+    for _, linear in linears(student):
+        linear.weight.requires_grad_(True)
     train(files, student, plan, _text(rows), None)
     out.mkdir(parents=True)
     tied = files.shape.tied_embeddings

@@ -1,6 +1,6 @@
 """What a decoder is computed by: torch's operators anywhere, the native kernels on CPUs."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -22,16 +22,8 @@ from workers.quantization.weight import QuantizedWeight
 from workers.rope import Rope
 from workers.weights import Weight
 
-
-class MakeLinear(Protocol):
-    """Makes a linear layer."""
-
-    def __call__(self, weight: Weight, bias: Tensor | None, exchange: Exchange | None = None) -> Multiply:
-        """weight [out_features, in_features], bias [out_features] or None.
-
-        exchange: with the ranks that have other features of the same tokens, where there are such; then there is no bias, and if
-        activations are quantized, they are by the range of all, and the result is a parallel.linear.Deferred.
-        """
+MakeLinear = Callable[[Weight, Tensor | None], Multiply]
+"""Of weight [out_features, in_features] and bias [out_features] or None."""
 
 
 class Kernels(Protocol):
@@ -41,9 +33,13 @@ class Kernels(Protocol):
     """Of weights, multiplied well on a CPU."""
 
     def linear(self, weight: Weight, bias: Tensor | None, exchange: Exchange | None = None) -> Multiply:
-        """See MakeLinear."""
+        """weight [out_features, in_features], bias [out_features] or None.
 
-    def gate_up(self, weight: Weight, bias: Tensor | None, exchange: Exchange | None = None) -> Multiply:
+        exchange: with the ranks that have other features of the same tokens, where there are such; then there is no bias, and if
+        activations are quantized, they are by the range of all, and the result is a parallel.linear.Deferred.
+        """
+
+    def gate_up(self, weight: Weight, bias: Tensor | None) -> Multiply:
         """The same of gate over up, whose outputs are multiplied in the stack."""
 
     def norm(self, weight: Tensor, eps: float) -> Norm:

@@ -57,7 +57,7 @@ class NativeKernels:
             return PackedQuantizedPart(weight, self.threads, exchange)
         return self._packed(weight, bias)
 
-    def gate_up(self, weight: Weight, bias: Tensor | None, exchange: Exchange | None = None) -> Multiply:
+    def gate_up(self, weight: Weight, bias: Tensor | None) -> Multiply:
         """See Kernels; the result is for a NativeLayers only."""
         return self._packed(weight, bias, paired=True)
 
