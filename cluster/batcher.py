@@ -31,6 +31,7 @@ from cluster.protocol import (
 )
 from cluster.request import Scoring, Sequence, why_impossible
 from cluster.running import Counters, RunningSet
+from cluster.speculation import Speculation
 from kv.manager import KVManager
 from kv.radix import Key, PrefixMatch
 
@@ -53,6 +54,7 @@ class Batcher:
         self._next_seq = 0
         self._next_step = 0
         self.pace = Pace(config)
+        self.speculation = Speculation(config, self.pace.cost)
 
     @property
     def running(self) -> list[Sequence]:
@@ -201,6 +203,7 @@ class Batcher:
         ahead = self.config.may_run_ahead and len(self.in_flight) == self.config.shares
         budget = self.config.max_num_batched_tokens
         if self.config.speculative_tokens:  # proposals leave prompts their share
+            self.speculation.begin(self.running, most)
             budget -= self.pace.reserved(itertools.chain(self.running, self.line.waiting))
         count = tokens = 0
         for sequence in list(self.running):
@@ -213,7 +216,7 @@ class Batcher:
                 and self.kv.holds(sequence.seq)
             ):
                 room = budget - tokens - (most - count)
-                proposals = self.pace.kept(sequence, most)[: max(0, room)] if sequence.proposed else ()
+                proposals = self.speculation.kept(sequence)[: max(0, room)] if sequence.proposed else ()
                 if self._run(sequence, 1, plan, chosen, proposals):
                     count, tokens = count + 1, tokens + plan.chunks[-1].num_tokens
         if self.config.batching == "static" and any(s.finish is None for s in self.running):
@@ -262,7 +265,7 @@ class Batcher:
         """Add a chunk of `count` tokens, and of `proposals` if there are blocks for them at once; False if it can't run now."""
         end = sequence.num_computed + count
         draws = end >= sequence.num_tokens and sequence.params.max_tokens > 0
-        propose = self.pace.wanted(sequence, len(self.running)) if draws and self.config.speculative_tokens else 0
+        propose = self.speculation.wanted(sequence) if draws and self.config.speculative_tokens else 0
         filled = end + len(proposals)
         longest = max(filled, min(filled + propose, sequence.max_num_tokens))  # a draft model goes on from there
         blocks = self.kv.allocate(sequence.seq, longest)
@@ -305,6 +308,8 @@ class Batcher:
         """Take in the result of the oldest plan in flight (see `expects`); returns what is new for the clients."""
         launched = self.in_flight.popleft()
         self.pace.ran(launched, result)
+        if self.config.speculative_tokens:
+            self.speculation.ran(launched, result)
         drawn = {r.seq: r for r in result.results}
         told = {s.seq: s for s in result.scores}
         deltas: list[TokenDelta] = []
@@ -351,7 +356,7 @@ class Batcher:
         stood = len(result.tokens) - 1
         if chunk.verify:
             sequence.num_computed -= chunk.verify - stood
-            self.pace.verified(sequence, chunk.verify, stood)
+            self.speculation.verified(sequence, chunk.verify, stood)
             self.counters.count_verified(chunk.verify, stood)
         return (chunk.verify, stood) if self.config.speculative_tokens else None
 

@@ -1,8 +1,7 @@
-"""How much goes into an iteration, whether one is launched ahead, and how much is proposed, by what iterations cost."""
+"""How much of prompts goes into an iteration, and whether one is launched ahead, by what iterations cost."""
 
 from collections.abc import Iterable
 
-from cluster.acceptance import Acceptance
 from cluster.config import BatchConfig
 from cluster.cost import StepCost
 from cluster.launched import Launched
@@ -13,7 +12,6 @@ _LEAST_CHUNK = 16
 """Tokens of a prompt in one plan, at least, where there are as many."""
 _SHORT_S = 0.01
 """Iterations below it may be run ahead: the engine's turnaround, half a millisecond to one, is a twentieth of it."""
-_DRAFT_FADE = 0.1
 
 
 class Pace:
@@ -23,16 +21,10 @@ class Pace:
         self._config = config
         self.cost = StepCost()
         """To be told of every result."""
-        self._draft_s = 0.0
-        """What the workers take to propose one token more for all sequences that are to have one."""
-        self._usual = Acceptance(fade=0.99)
-        """Of all sequences."""
 
     def ran(self, launched: Launched, result: StepResult) -> None:
         """A plan's result has come."""
         self.cost.observe(launched.num_tokens, result.compute_s - result.draft_s)
-        if result.draft_token_s:
-            self._draft_s += _DRAFT_FADE * (result.draft_token_s - self._draft_s)
 
     def prefill_tokens(self, left: int, decodes: int, known: Iterable[Sequence]) -> int:
         """Tokens of prompts, of the `left` that may be, for an iteration with so many decodes. `known`: who runs and who waits.
@@ -68,42 +60,3 @@ class Pace:
             if backlog >= most:
                 return most
         return backlog
-
-    def wanted(self, sequence: Sequence, decodes: int) -> int:
-        """How many tokens to propose for it, among so many that decode. Where none pays one is tried now and then."""
-        acceptance, most = sequence.acceptance, self._most(sequence)
-        if self._config.speculative_pace == "fixed":
-            return most
-        count = self._paying(sequence, decodes, most, self._draft_s)
-        acceptance.trying = count == 0 and most > 0 and len(sequence.emitted) >= acceptance.try_at
-        return count or int(acceptance.trying)
-
-    def kept(self, sequence: Sequence, decodes: int) -> list[int]:
-        """Of what was proposed for it, and paid for, as much as is worth verifying."""
-        most = min(len(sequence.proposed), sequence.params.max_tokens - len(sequence.emitted) - 1)
-        if self._config.speculative_pace == "adaptive":
-            most = min(most, max(self._paying(sequence, decodes, most, 0.0), int(sequence.acceptance.trying)))
-        return sequence.proposed[:most]
-
-    def _most(self, sequence: Sequence) -> int:
-        """Those that are certain to be within max_tokens, when one more token has been drawn."""
-        left = sequence.params.max_tokens - len(sequence.emitted) - 2
-        return 0 if sequence.params.beam_width else max(0, min(self._config.speculative_tokens, left))
-
-    def _paying(self, sequence: Sequence, decodes: int, most: int, draft_s: float) -> int:
-        """How many proposed tokens pay, at most `most`, each of which takes `draft_s` for all sequences together.
-
-        An iteration takes `seconds` for at least `decodes` tokens. One token more to verify takes 1 / (fixed_tokens + decodes) of
-        that, and its share of what it takes to propose it. So it pays if it stands with a probability above the product of these
-        seconds and decodes / seconds; the n-th stands if all before it do.
-        """
-        pays = decodes / (self.cost.fixed_tokens + decodes) + draft_s / self.cost.seconds(decodes)
-        chance, count, rate = 1.0, 0, sequence.acceptance.rate(self._usual)
-        while count < most and (chance := chance * rate) > pays:
-            count += 1
-        return count
-
-    def verified(self, sequence: Sequence, proposed: int, stood: int) -> None:
-        """So many of the proposed tokens stood."""
-        sequence.acceptance.observe(proposed, stood, len(sequence.emitted))
-        self._usual.observe(proposed, stood, 0)

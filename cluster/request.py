@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from cluster.acceptance import Acceptance
+from cluster.acceptance import Speculated
 from cluster.protocol import FinishReason, NewSequence, PromptScores, Request, SamplingParams, TokenDelta
 from kv.names import TOKEN_BYTES, pack
 
@@ -55,7 +55,7 @@ class Sequence:
     """Tokens whose KV it had when the sequence came."""
     proposed: list[int] = field(default_factory=list)
     """What may come next, as far as the workers proposed something."""
-    acceptance: Acceptance = field(default_factory=Acceptance)
+    speculated: Speculated = field(default_factory=Speculated)
     finish: FinishReason | None = None
     """Set once: no further token of it is wanted."""
     told: bool = False

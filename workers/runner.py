@@ -181,7 +181,7 @@ class ModelRunner:
         for span, proposed in zip(spans, drafter.propose(spans), strict=True):
             if proposed:
                 drawn[span.state.seq].proposed = proposed
-        result.draft_s, result.draft_token_s = time.perf_counter() - began, drafter.token_s
+        result.draft_s, result.draft_passes = time.perf_counter() - began, drafter.passes
 
     def _result(self, span: Span, draws: list[Draw]) -> ChunkResult:
         tokens = [draw.token for draw in draws]

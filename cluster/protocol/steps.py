@@ -116,5 +116,5 @@ class StepResult(Wire, tag=True, kw_only=True):
     scores: list[PromptScores] = []
     draft_s: float = 0.0
     """Of compute_s, what proposing took ..."""
-    draft_token_s: float = 0.0
-    """... and what one token more for all sequences did, where more than one was proposed."""
+    draft_passes: list[tuple[int, float]] = []
+    """... and of that the passes of a draft model: tokens and seconds of each. The first one reads, the others go on from there."""

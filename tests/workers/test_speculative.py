@@ -8,7 +8,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Some
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Scripted:
     outputs: dict[tuple[int, int], list[int]]
     wrong: int
     proposed: int = 0
-    token_s: float = 0.0
+    passes: list[tuple[int, float]] = field(default_factory=list)
 
     def propose(self, spans: Some[Span]) -> list[list[int]]:
         found = []

@@ -48,7 +48,7 @@ class DraftModel:
         self._sampler = Sampler(model.decoder.kernels.picker(model.decoder.shape.vocab_size, model.device))
         self._sampling = sampling
         self._drawn: dict[int, _Drawn] = {}
-        self.token_s = 0.0
+        self.passes: list[tuple[int, float]] = []
         self._read = np.zeros(model.pool.num_blocks, dtype=np.int64)
         """[num_blocks]: of how many of its slots, from the first on, keys and values are those of what the target has there."""
         self._read_on_host = np.zeros(0 if model.host is None else len(model.host.slots), dtype=np.int64)
@@ -77,11 +77,13 @@ class DraftModel:
             self._forget(span)
             self._drawn.pop(span.state.seq, None)
         proposed: list[list[int]] = [[] for _ in spans]
+        self.passes = []
         going = [(proposed[i], span.state, count) for i, span in enumerate(spans) if (count := self._room(span)) > 0]
         if not going:
             return proposed
-        reading = self._last_pieces([self._unread(state) for _, state, _ in going])
-        rounds, began = 0, time.perf_counter()
+        began = time.perf_counter()
+        unread = [self._unread(state) for _, state, _ in going]
+        num_tokens, reading = sum(span.num_tokens for span in unread), self._last_pieces(unread)
         while going:
             hidden = self._model.forward(reading)
             if len(hidden) > len(reading):
@@ -93,12 +95,11 @@ class DraftModel:
                 if len(found) < count:
                     state.suggest(state.num_tokens + len(found) - 1, token)
                     coming.append((found, state, count))
-            if rounds == 0:
-                began = time.perf_counter()  # what it had to read is no part of a token's price
-            rounds, going = rounds + 1, coming
+            now = time.perf_counter()
+            self.passes.append((num_tokens, now - began))
+            going, began, num_tokens = coming, now, len(coming)
             ends = [state.num_tokens + len(found) for found, state, _ in going]
             reading = [Span(state, end - 1, end, True) for (_, state, _), end in zip(going, ends, strict=True)]
-        self.token_s = (time.perf_counter() - began) / (rounds - 1) if rounds > 1 else 0.0
         return proposed
 
     def odds(self, spans: Sequence[Span], like: Tensor) -> tuple[Tensor, list[bool]]:

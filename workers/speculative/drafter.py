@@ -12,8 +12,8 @@ from workers.sequences import Span
 class Drafter(Protocol):
     """Proposes what may come next. Proposals change nothing but how many iterations it takes."""
 
-    token_s: float
-    """Seconds that one token more for all sequences took the last time, where that is worth mentioning."""
+    passes: list[tuple[int, float]]
+    """Of a model that proposes: tokens and seconds of its passes for the last proposals, what it had to read first."""
 
     def move(self, plan: StepPlan) -> None:
         """Blocks are copied and moved as in the target's pool, before anything of the plan is run."""

@@ -16,7 +16,8 @@ _SHORTEST, _LONGEST = 2, 6
 class PromptLookup:
     """See workers.speculative.drafter.Drafter."""
 
-    token_s = 0.0
+    def __init__(self) -> None:
+        self.passes: list[tuple[int, float]] = []
 
     def forget(self, blocks: Sequence[int]) -> None:
         """See Drafter."""

@@ -1,0 +1,91 @@
+"""How long a model takes for so many tokens at once, learnt size by size.
+
+A straight line (cluster/cost.py) says what a large chunk costs. Whether two tokens cost more than one, or 128 more than 64, it does
+not: products of few rows wait for memory, kernels have favourite sizes. So each size has a mean of its own.
+"""
+
+import bisect
+import math
+from dataclasses import dataclass
+
+from cluster.cost import StepCost
+
+_EXACT = 16
+"""Up to so many tokens each number is a size of its own; above, sizes grow by _STEP."""
+_STEP = 1.25
+_FADE = 0.8
+"""Weight of a pass after each later one of its size."""
+_OUTLIER = 4.0
+_STALE = 2000
+"""Passes of other sizes after which what one took counts no more: caches fill, contexts grow."""
+
+
+@dataclass
+class _Size:
+    weight: float = 0.0
+    tokens: float = 0.0
+    seconds: float = 0.0
+    last: int = 0
+
+
+class PassCost:
+    """Seconds by number of tokens. More tokens never take less: sizes that say so are taken together (pool adjacent violators, Ayer
+    et al. 1955). Between the sizes that were seen it goes straight, beyond them in proportion to `line`."""
+
+    def __init__(self, line: StepCost) -> None:
+        self._line = line
+        self._sizes: dict[int, _Size] = {}
+        self._count = 0
+        self._knots: tuple[list[float], list[float]] | None = None
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """A pass of so many tokens took so long. If that is far too long, the process stood still: it is cut."""
+        if tokens <= 0 or seconds <= 0.0:
+            return
+        seconds = min(seconds, _OUTLIER * self.seconds(tokens))
+        self._count += 1
+        size = self._sizes.setdefault(_size_of(tokens), _Size())
+        size.weight = size.weight * _FADE + 1.0
+        size.tokens += (tokens - size.tokens) / size.weight
+        size.seconds += (seconds - size.seconds) / size.weight
+        size.last = self._count
+        self._knots = None
+
+    @property
+    def known(self) -> bool:
+        """Whether any pass was seen."""
+        return bool(self._sizes)
+
+    def seconds(self, tokens: float) -> float:
+        """Of a pass of so many tokens; infinite as long as none was seen."""
+        if self._knots is None:
+            self._knots = self._learn()
+        sizes, seconds = self._knots
+        if not sizes:
+            return math.inf
+        above = bisect.bisect_left(sizes, tokens)
+        if above == len(sizes) or (above == 0 and tokens < sizes[0]):
+            nearest, fixed = min(above, len(sizes) - 1), self._line.fixed_tokens
+            return seconds[nearest] * (tokens + fixed) / (sizes[nearest] + fixed)
+        if sizes[above] == tokens:
+            return seconds[above]
+        share = (tokens - sizes[above - 1]) / (sizes[above] - sizes[above - 1])
+        return seconds[above - 1] + share * (seconds[above] - seconds[above - 1])
+
+    def _learn(self) -> tuple[list[float], list[float]]:
+        """(tokens, seconds) of the sizes seen lately, both ascending."""
+        for number in [n for n, size in self._sizes.items() if self._count - size.last > _STALE]:
+            del self._sizes[number]
+        pools: list[tuple[float, float, list[float]]] = []  # weight, mean seconds, the sizes
+        for _, size in sorted(self._sizes.items()):
+            weight, mean, members = size.weight, size.seconds, [size.tokens]
+            while pools and pools[-1][1] >= mean:
+                other, their_mean, theirs = pools.pop()
+                mean = (weight * mean + other * their_mean) / (weight + other)
+                weight, members = weight + other, theirs + members
+            pools.append((weight, mean, members))
+        return [tokens for pool in pools for tokens in pool[2]], [mean for _, mean, members in pools for _ in members]
+
+
+def _size_of(tokens: int) -> int:
+    return tokens if tokens <= _EXACT else _EXACT + 1 + int(math.log(tokens / _EXACT, _STEP))
