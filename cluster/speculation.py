@@ -1,6 +1,5 @@
 """How many tokens are proposed and verified for whom: what makes the most tokens a second, by what passes were measured to take."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -27,6 +26,7 @@ _NEWS = 32
 _HORIZON = 128
 """Tokens of its output for which reading a sequence's beginning must pay: it may end any time."""
 _NOTHING = 2.0
+_IDLE = 16
 
 
 class _Choice(NamedTuple):
@@ -58,16 +58,23 @@ class Speculation:
         """Of all sequences."""
         self._for_next, self._for_this = _Choice(), _Choice()
         self._decodes = 1
-        self._purse_s = 0.0
+        self._purse_s = self._price_s = 0.0
+        """What tries may take now, and what one takes at least."""
         self._tried = False
         """Somebody tries in this plan."""
+        self._idle = 0
+        """For how many plans more it is taken for granted that nothing pays: rates change with what is verified only."""
 
     def begin(self, running: Iterable[Sequence], decodes: int) -> None:
         """A plan is made in which about so many of those that run decode: what will be worth proposing after it, and what of that
         which was proposed is worth verifying in it."""
         if self._config.speculative_pace == "fixed":
             return
-        self._decodes, self._tried = max(1, decodes), False
+        self._tried = False
+        self._idle -= 1
+        if self._idle > 0 and abs(decodes - self._decodes) * _LEVELS <= self._decodes:
+            return
+        self._decodes = max(1, decodes)
         coming: Counter[tuple[float, int]] = Counter()
         there: Counter[tuple[float, int]] = Counter()
         for sequence in running:
@@ -79,26 +86,35 @@ class Speculation:
                 there[level, len(sequence.proposed)] += 1
         self._for_next = self._best(coming, drafting=self._draft.known)
         self._for_this = self._best(there, drafting=False) if there else _Choice()
+        most = self._config.speculative_tokens
+        self._price_s = self._more_s(self._decodes, most) + (most * self._draft.seconds(1) if self._draft.known else 0.0)
+        self._purse_s = min(self._purse_s, _SAVED_TRIES * self._price_s)
+        if not there and self._for_next.threshold > 1.0 and self._usual.tried >= _EVIDENCE:
+            self._idle = _IDLE
 
     def ran(self, launched: Launched, result: StepResult) -> None:
         """A plan's result has come."""
-        chunks, target_s = launched.plan.chunks, result.compute_s - result.draft_s
+        target_s = result.compute_s - result.draft_s
         for tokens, seconds in result.draft_passes:
             self._draft_line.observe(tokens, seconds)
             self._draft.observe(tokens, seconds)
-        if all(chunk.sample and chunk.num_tokens == 1 + chunk.verify for chunk in chunks):
+        plain, asked, tries, verified = True, 0, 0, 0
+        for chunk, sequence in zip(launched.plan.chunks, launched.sequences, strict=True):
+            plain = plain and chunk.sample and chunk.num_tokens == 1 + chunk.verify
+            if chunk.propose or chunk.verify:
+                asked += chunk.propose
+                tries += chunk.propose * sequence.speculated.trying
+                verified += chunk.verify * sequence.speculated.on_trial
+        if plain:
             self._target.observe(launched.num_tokens, target_s)
-        asked = tries = verified = 0
-        for chunk, sequence in zip(chunks, launched.sequences, strict=True):
-            asked += chunk.propose
-            tries += chunk.propose * sequence.speculated.trying
-            verified += chunk.verify * sequence.speculated.on_trial
         self._purse_s += _SHARE * target_s
-        if self._usual.tried >= _EVIDENCE:
+        if self._usual.tried >= _EVIDENCE and (tries or verified):
             self._purse_s -= result.draft_s * tries / max(1, asked) + self._more_s(launched.num_tokens - verified, verified)
 
     def wanted(self, sequence: Sequence) -> int:
         """How many tokens to propose for it when the next one is drawn."""
+        if self._idle > 0 and (self._tried or self._purse_s < self._price_s):
+            return 0
         most = self._most(sequence)
         if self._config.speculative_pace == "fixed" or most == 0:
             return most
@@ -109,7 +125,10 @@ class Speculation:
             count = self._worthwhile(sequence, most, self._for_next.threshold)
             if reading_s > self._for_next.saved_s * min(_HORIZON, sequence.params.max_tokens - len(sequence.emitted)):
                 count = 0
-        known.trying = count == 0 and self._may_try(most, reading_s)
+        # Before anything is known of the drafter somebody tries in any case.
+        known.trying = (
+            count == 0 and not self._tried and (self._usual.tried < _EVIDENCE or self._purse_s >= self._price_s + reading_s)
+        )
         if known.trying:
             count, self._tried = most, True
         if count:
@@ -128,22 +147,11 @@ class Speculation:
     def verified(self, sequence: Sequence, proposed: int, stood: int) -> None:
         """So many of the proposed tokens stood."""
         known = sequence.speculated
+        self._idle = 0
         known.observe(proposed, stood)
         self._usual.observe(proposed, stood)
         if known.on_trial and self._target.known:  # a try that brings something costs less
             self._purse_s += stood * self._target.seconds(self._decodes) / self._decodes
-
-    def _may_try(self, most: int, reading_s: float) -> bool:
-        """Also to learn what proposals are worth at all, before anything is known."""
-        if self._tried:
-            return False
-        if self._usual.tried < _EVIDENCE:
-            return True
-        price_s = reading_s + self._more_s(self._decodes, most)
-        if self._draft.known:
-            price_s += most * self._draft.seconds(1)
-        self._purse_s = min(self._purse_s, _SAVED_TRIES * price_s)
-        return self._purse_s >= price_s
 
     def _more_s(self, tokens: int, more: int) -> float:
         return self._target.seconds(tokens + more) - self._target.seconds(tokens) if self._target.known else 0.0
@@ -165,12 +173,12 @@ class Speculation:
     def _best(self, groups: Counter[tuple[float, int]], *, drafting: bool) -> _Choice:
         """groups: how many sequences have a rate, and can have so many tokens. drafting: a draft's passes count as well."""
         decodes, shares = self._decodes, self._config.shares
-        alone_s = self._target.seconds(decodes)
-        if math.isinf(alone_s):
-            return _Choice()
         steps = sorted(
             ((rate**n, -n, number) for (rate, most), number in groups.items() for n in range(1, most + 1) if rate > 0), reverse=True
         )
+        if not steps or not self._target.known:
+            return _Choice()
+        alone_s = self._target.seconds(decodes)
         best, found = _GAIN * decodes / alone_s, _Choice()
         expected, tokens, drafted, deepest = float(decodes), 0.0, 0.0, 0
         for index, (chance, negative, number) in enumerate(steps):

@@ -177,10 +177,9 @@ class ModelRunner:
     @staticmethod
     def _propose(drafter: Drafter, spans: Sequence[Span], result: StepResult) -> None:
         began = time.perf_counter()
-        drawn = {r.seq: r for r in result.results}
-        for span, proposed in zip(spans, drafter.propose(spans), strict=True):
-            if proposed:
-                drawn[span.state.seq].proposed = proposed
+        proposals = {span.state.seq: proposed for span, proposed in zip(spans, drafter.propose(spans), strict=True) if proposed}
+        for drawn in result.results if proposals else ():
+            drawn.proposed = proposals.get(drawn.seq, [])
         result.draft_s, result.draft_passes = time.perf_counter() - began, drafter.passes
 
     def _result(self, span: Span, draws: list[Draw]) -> ChunkResult:

@@ -58,9 +58,7 @@ def test_sampling(tmp_path: Path) -> None:
     assert all(row["native"] > 0 and row["torch"] > 0 for row in table)
 
 
-def test_an_enlarged_model_computes_the_same_and_speculation_changes_no_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_enlarged_model_computes_the_same_and_speculation_changes_no_token(tmp_path: Path) -> None:
     large = tmp_path / "large"
     enlarged.main([str(DEMO_MODEL), str(large), "--intermediate", "640", "--layers", "6"])
     prompt = list(range(50, 90))
@@ -71,23 +69,14 @@ def test_an_enlarged_model_computes_the_same_and_speculation_changes_no_token(
                 llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=12), ignore_eos=True)[0].outputs[0].token_ids
             )
     assert given[0] == given[1]
-    monkeypatch.setattr(speculation, "OUTPUT", 10)
-    words = [
-        str(large),
-        "--draft",
-        str(DEMO_MODEL),
-        "--batches",
-        "1,3",
-        "--repetitions",
-        "1",
-        "--threads",
-        "1",
-        "--dtype",
-        "float32",
-    ]
+    words = f"{large} --draft {DEMO_MODEL} --batches 1,3 --repetitions 1 --threads 1 --dtype float32 --output-tokens 10".split()
     assert speculation.main([*words, "--out", str(tmp_path)]) == 0
     (table,) = json.loads((tmp_path / "speculation.json").read_text())["tables"].values()
     assert [row[""] for row in table] == ["off", "adaptive", "always K"] * 2
     assert all(row["proposed"] == 0 for row in table if row[""] == "off")
     assert all(row["accepted"] > 0.9 for row in table if row[""] == "always K")
     assert (tmp_path / "speculation.png").exists()
+    assert speculation.main([*words, "--hopeless", "--out", str(tmp_path)]) == 0
+    (table,) = json.loads((tmp_path / "speculation.json").read_text())["tables"].values()
+    assert [row[""] for row in table] == ["off", "adaptive"] * 2
+    assert table[1]["proposed"] > table[1]["accepted"] == 0

@@ -73,9 +73,9 @@ class DraftModel:
 
     def propose(self, spans: Sequence[Span]) -> list[list[int]]:
         """See Drafter. As many as the sequence's blocks have room for."""
-        for span in spans:
-            self._forget(span)
-            self._drawn.pop(span.state.seq, None)
+        self._forget(spans)
+        for seq in [span.state.seq for span in spans] if self._drawn else ():
+            self._drawn.pop(seq, None)
         proposed: list[list[int]] = [[] for _ in spans]
         self.passes = []
         going = [(proposed[i], span.state, count) for i, span in enumerate(spans) if (count := self._room(span)) > 0]
@@ -137,12 +137,14 @@ class DraftModel:
         """How many of the tokens that are asked for can be proposed: all but the last are read, and need a slot each."""
         return min(span.propose, span.state.num_blocks * self._size - span.state.num_tokens + 1)
 
-    def _forget(self, span: Span) -> None:
+    def _forget(self, spans: Sequence[Span]) -> None:
         """The target has something new there."""
-        first, rest = divmod(span.start, self._size)
-        blocks = span.state.blocks[first : (span.end - 1) // self._size + 1]
-        self._read[blocks[0]] = min(self._read[blocks[0]], rest)
-        self._read[blocks[1:]] = 0
+        size = self._size
+        first = [span.state.blocks[span.start // size] for span in spans]
+        self._read[first] = np.minimum(self._read[first], [span.start % size for span in spans])
+        for span in spans:
+            if span.start // size < (span.end - 1) // size:
+                self._read[span.state.blocks[span.start // size + 1 : (span.end - 1) // size + 1]] = 0
 
     def _unread(self, state: SequenceState) -> Span:
         """What is known of a sequence and not read, the last token in any case; taken for read from now on."""
