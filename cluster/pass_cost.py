@@ -42,9 +42,12 @@ class PassCost:
         """A pass of so many tokens took so long. If that is far too long, the process stood still: it is cut."""
         if tokens <= 0 or seconds <= 0.0:
             return
-        seconds = min(seconds, _OUTLIER * self.seconds(tokens))
+        number = _size_of(tokens)
+        size = self._sizes.get(number)
+        seconds = min(seconds, _OUTLIER * (self.seconds(tokens) if size is None else size.seconds))
+        if size is None:
+            size = self._sizes[number] = _Size()
         self._count += 1
-        size = self._sizes.setdefault(_size_of(tokens), _Size())
         size.weight = size.weight * _FADE + 1.0
         size.tokens += (tokens - size.tokens) / size.weight
         size.seconds += (seconds - size.seconds) / size.weight

@@ -78,6 +78,8 @@ class DraftModel:
             self._drawn.pop(seq, None)
         proposed: list[list[int]] = [[] for _ in spans]
         self.passes = []
+        if not any(span.propose for span in spans):
+            return proposed
         going = [(proposed[i], span.state, count) for i, span in enumerate(spans) if (count := self._room(span)) > 0]
         if not going:
             return proposed
@@ -139,12 +141,14 @@ class DraftModel:
 
     def _forget(self, spans: Sequence[Span]) -> None:
         """The target has something new there."""
-        size = self._size
-        first = [span.state.blocks[span.start // size] for span in spans]
-        self._read[first] = np.minimum(self._read[first], [span.start % size for span in spans])
+        size, read = self._size, self._read
         for span in spans:
-            if span.start // size < (span.end - 1) // size:
-                self._read[span.state.blocks[span.start // size + 1 : (span.end - 1) // size + 1]] = 0
+            first, last = span.start // size, (span.end - 1) // size
+            block = span.state.blocks[first]
+            if read[block] > span.start % size:
+                read[block] = span.start % size
+            if last > first:
+                read[span.state.blocks[first + 1 : last + 1]] = 0
 
     def _unread(self, state: SequenceState) -> Span:
         """What is known of a sequence and not read, the last token in any case; taken for read from now on."""
