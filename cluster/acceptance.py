@@ -35,5 +35,7 @@ class Speculated(Acceptance):
     """The tokens asked for last do not pay: what did not stand long ago may do so now ..."""
     on_trial: bool = False
     """... and neither do those that are verified."""
+    tries_from: int = 0
+    """It has nothing tried before it has so many tokens: the last time there was nothing to propose."""
     read: int = 0
     """Tokens of it that the draft model had read when it last proposed."""

@@ -21,18 +21,20 @@ _SHARE = 0.01
 _SAVED_TRIES = 4.0
 _EVIDENCE = 8.0
 """Tokens verified before anything is known of the drafter. Until then a single sequence has some proposed."""
+_PAUSE = 16
+"""Tokens for which others try, where nothing could be proposed for a sequence."""
 _NEWS = 32
 """As much as that a draft model has not read of a sequence that goes on; more is a beginning."""
 _HORIZON = 128
 """Tokens of its output for which reading a sequence's beginning must pay: it may end any time."""
-_NOTHING = 2.0
 _IDLE = 16
+"""Plans for which it is taken for granted that nothing pays."""
 
 
 class _Choice(NamedTuple):
     """What is best for one iteration."""
 
-    threshold: float = _NOTHING
+    threshold: float = 2.0
     """The least probability to stand at which a token is worth its price; above 1 if none is."""
     saved_s: float = 0.0
     """Seconds it saves for each token that comes out."""
@@ -63,7 +65,7 @@ class Speculation:
         self._tried = False
         """Somebody tries in this plan."""
         self._idle = 0
-        """For how many plans more it is taken for granted that nothing pays: rates change with what is verified only."""
+        """How many of _IDLE are left; none when something has been verified, as rates change with that only."""
 
     def begin(self, running: Iterable[Sequence], decodes: int) -> None:
         """A plan is made in which about so many of those that run decode: what will be worth proposing after it, and what of that
@@ -125,10 +127,9 @@ class Speculation:
             count = self._worthwhile(sequence, most, self._for_next.threshold)
             if reading_s > self._for_next.saved_s * min(_HORIZON, sequence.params.max_tokens - len(sequence.emitted)):
                 count = 0
-        # Before anything is known of the drafter somebody tries in any case.
-        known.trying = (
-            count == 0 and not self._tried and (self._usual.tried < _EVIDENCE or self._purse_s >= self._price_s + reading_s)
-        )
+        if known.trying and not known.on_trial:
+            known.tries_from = sequence.num_tokens + _PAUSE
+        known.trying = count == 0 and not self._tried and self._may_try(sequence, reading_s)
         if known.trying:
             count, self._tried = most, True
         if count:
@@ -152,6 +153,13 @@ class Speculation:
         self._usual.observe(proposed, stood)
         if known.on_trial and self._target.known:  # a try that brings something costs less
             self._purse_s += stood * self._target.seconds(self._decodes) / self._decodes
+        known.on_trial = False
+
+    def _may_try(self, sequence: Sequence, reading_s: float) -> bool:
+        """Before anything is known of the drafter, in any case."""
+        if sequence.num_tokens < sequence.speculated.tries_from:
+            return False
+        return self._usual.tried < _EVIDENCE or self._purse_s >= self._price_s + reading_s
 
     def _more_s(self, tokens: int, more: int) -> float:
         return self._target.seconds(tokens + more) - self._target.seconds(tokens) if self._target.known else 0.0

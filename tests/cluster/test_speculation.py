@@ -156,6 +156,19 @@ def test_before_anything_is_known_a_single_sequence_tries() -> None:
     assert sum(wanted(speculation, *crowd)) == 0
 
 
+def test_where_nothing_can_be_proposed_others_try() -> None:
+    speculation = Speculation(CONFIG, StepCost())
+    crowd = [sequence() for _ in range(3)]
+    asked = set()
+    for _ in range(8):
+        asked |= {number for number, count in enumerate(wanted(speculation, *crowd)) if count}
+        ran(speculation, 3, 0.03)
+        for each in crowd:
+            each.emitted.append(7)
+            each.num_computed += 1
+    assert asked == {0, 1, 2}
+
+
 def answer(plan: StepPlan, right: bool) -> StepResult:
     """One token for each chunk, all that were proposed standing or none; as many proposed again as are asked for."""
     results = []
@@ -172,7 +185,8 @@ def answer(plan: StepPlan, right: bool) -> StepResult:
 @pytest.mark.parametrize("requests", [1, 16, 64])
 def test_what_never_stands_costs_two_percent_at_most(requests: int) -> None:
     """Of the time of all iterations, by their formula; requests come and go all the while."""
-    b = Batcher(CONFIG, KVManager(CONFIG))
+    config = dataclasses.replace(CONFIG, max_num_seqs=requests, max_num_batched_tokens=512)
+    b = Batcher(config, KVManager(config))
     spent = extra = 0.0
     number = 0
     for _ in range(3000):
