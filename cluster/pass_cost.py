@@ -13,8 +13,10 @@ from cluster.cost import StepCost
 _EXACT = 16
 """Up to so many tokens each number is a size of its own; above, sizes grow by _STEP."""
 _STEP = 1.25
-_FADE = 0.8
+_FADE = 0.98
 """Weight of a pass after each later one of its size."""
+_DRIFT = 0.3
+"""Of what a pass took longer than its size usually does, so much is taken for the machine's pace, which is that of all sizes."""
 _OUTLIER = 4.0
 _STALE = 2000
 """Passes of other sizes after which what one took counts no more: caches fill, contexts grow."""
@@ -25,17 +27,21 @@ class _Size:
     weight: float = 0.0
     tokens: float = 0.0
     seconds: float = 0.0
+    """At a pace of 1."""
     last: int = 0
 
 
 class PassCost:
-    """Seconds by number of tokens. More tokens never take less: sizes that say so are taken together (pool adjacent violators, Ayer
-    et al. 1955). Between the sizes that were seen it goes straight, beyond them in proportion to `line`."""
+    """Seconds by number of tokens: a size's share times the machine's pace. Others use the machine too, and contexts grow: so sizes
+    that were seen long ago can still be compared with those that are seen now. More tokens never take less: sizes that say so are
+    taken together (pool adjacent violators, Ayer et al. 1955). Between the sizes that were seen it goes straight, beyond them in
+    proportion to `line`."""
 
     def __init__(self, line: StepCost) -> None:
         self._line = line
         self._sizes: dict[int, _Size] = {}
         self._count = 0
+        self._pace = 1.0
         self._knots: tuple[list[float], list[float]] | None = None
 
     def observe(self, tokens: int, seconds: float) -> None:
@@ -44,13 +50,16 @@ class PassCost:
             return
         number = _size_of(tokens)
         size = self._sizes.get(number)
-        seconds = min(seconds, _OUTLIER * (self.seconds(tokens) if size is None else size.seconds))
+        usual = self.seconds(tokens) if size is None else self._pace * size.seconds
+        seconds = min(seconds, _OUTLIER * usual)
         if size is None:
             size = self._sizes[number] = _Size()
+        else:
+            self._pace *= (seconds / usual) ** _DRIFT
         self._count += 1
         size.weight = size.weight * _FADE + 1.0
         size.tokens += (tokens - size.tokens) / size.weight
-        size.seconds += (seconds - size.seconds) / size.weight
+        size.seconds += (seconds / self._pace - size.seconds) / size.weight
         size.last = self._count
         self._knots = None
 
@@ -69,11 +78,11 @@ class PassCost:
         above = bisect.bisect_left(sizes, tokens)
         if above == len(sizes) or (above == 0 and tokens < sizes[0]):
             nearest, fixed = min(above, len(sizes) - 1), self._line.fixed_tokens
-            return seconds[nearest] * (tokens + fixed) / (sizes[nearest] + fixed)
+            return self._pace * seconds[nearest] * (tokens + fixed) / (sizes[nearest] + fixed)
         if sizes[above] == tokens:
-            return seconds[above]
+            return self._pace * seconds[above]
         share = (tokens - sizes[above - 1]) / (sizes[above] - sizes[above - 1])
-        return seconds[above - 1] + share * (seconds[above] - seconds[above - 1])
+        return self._pace * (seconds[above - 1] + share * (seconds[above] - seconds[above - 1]))
 
     def _learn(self) -> tuple[list[float], list[float]]:
         """(tokens, seconds) of the sizes seen lately, both ascending."""

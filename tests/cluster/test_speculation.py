@@ -275,7 +275,19 @@ def test_a_pause_counts_as_four_passes_at_most_and_old_sizes_are_forgotten() -> 
         cost.observe(1, 1.0)
     cost.observe(1, 100.0)
     assert cost.seconds(1) < 2.0
-    cost.observe(2, 1.5)
+    cost.observe(2, 3.0)
+    assert cost.seconds(2) > 1.5 * cost.seconds(1)
     for _ in range(3000):
         cost.observe(1, 0.1)
-    assert cost.seconds(2) < 0.2
+    assert cost.seconds(2) < 1.5 * cost.seconds(1)
+
+
+def test_the_machines_pace_is_that_of_all_sizes() -> None:
+    cost = PassCost(StepCost())
+    for _ in range(20):
+        for tokens in (1, 8):
+            cost.observe(tokens, 0.01 * tokens)
+    for _ in range(60):
+        cost.observe(1, 0.03)  # somebody else came
+    assert cost.seconds(1) == pytest.approx(0.03, rel=0.05)
+    assert cost.seconds(8) == pytest.approx(0.24, rel=0.25)
