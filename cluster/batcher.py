@@ -202,9 +202,10 @@ class Batcher:
         most = -(-len(self.running) // self.config.shares)
         ahead = self.config.may_run_ahead and len(self.in_flight) == self.config.shares
         budget = self.config.max_num_batched_tokens
-        if self.config.speculative_tokens:  # proposals leave prompts their share
+        if self.config.speculative_tokens:
             self.speculation.begin(self.running, most)
-            budget -= self.pace.reserved(itertools.chain(self.running, self.line.waiting))
+            if any(sequence.proposed for sequence in self.running):  # proposals leave prompts their share
+                budget -= self.pace.reserved(itertools.chain(self.running, self.line.waiting))
         count = tokens = 0
         for sequence in list(self.running):
             if count == most:

@@ -60,7 +60,7 @@ def test_sampling(tmp_path: Path) -> None:
 
 def test_an_enlarged_model_computes_the_same_and_speculation_changes_no_token(tmp_path: Path) -> None:
     large = tmp_path / "large"
-    enlarged.main([str(DEMO_MODEL), str(large), "--intermediate", "640", "--layers", "6"])
+    enlarged.main([str(DEMO_MODEL), str(large), "--hidden", "1024", "--intermediate", "640", "--layers", "6"])
     prompt = list(range(50, 90))
     given = []
     for path in (DEMO_MODEL, large):
