@@ -1,22 +1,19 @@
 """Iteration-level scheduling (ORCA, Yu et al. 2022, algorithm 1), with paging and preemption in place of reservation.
 
-schedule() makes the plan of the next iteration, update() takes in the result of an earlier one; several plans may be in flight.
-Token counts are scheduled, not phases: in each iteration `num_computed` of a sequence moves towards its `num_tokens`, by many
-tokens while its prompt is new, by one when it decodes. Every choice is made here and once; workers execute plans in order.
+schedule() makes the plan of the next iteration (cluster/planner.py), update() takes in the result of an earlier one; several plans
+may be in flight. Every choice is made here and once; workers execute plans in order.
 
 Who has a place and blocks, and who gives them up for others, is decided in cluster/running.py. A sequence in a launched plan keeps
 its blocks until that plan has returned, whatever happens to it meanwhile.
 """
 
-import itertools
 from collections import deque
-from collections.abc import Sequence as Tokens
 
 from cluster.beams import Beam, BeamGroup, why_no_beams
 from cluster.config import BatchConfig
 from cluster.launched import Launched
 from cluster.line import WaitingLine
-from cluster.pace import Pace
+from cluster.planner import Planner
 from cluster.protocol import (
     Chunk,
     ChunkResult,
@@ -31,7 +28,6 @@ from cluster.protocol import (
 )
 from cluster.request import Scoring, Sequence, why_impossible
 from cluster.running import Counters, RunningSet
-from cluster.speculation import Speculation
 from kv.manager import KVManager
 from kv.radix import Key, PrefixMatch
 
@@ -44,22 +40,22 @@ class Batcher:
         self.kv = kv
         self.epoch = epoch
         self.line = WaitingLine()
-        self.in_flight: deque[Launched] = deque()
         self._requests: dict[str, dict[int, Sequence]] = {}
         """By choice; those of beam searches are in the next."""
         self._groups: dict[str, BeamGroup] = {}
-        self._forks: list[Beam] = []
-        """New beams, each to fork the KV of its parent before that runs on."""
         self._set = RunningSet(config, kv, self.line)
         self._next_seq = 0
-        self._next_step = 0
-        self.pace = Pace(config)
-        self.speculation = Speculation(config, self.pace.cost)
+        self.planner = Planner(config, kv, self.line, self._set, epoch)
 
     @property
     def running(self) -> list[Sequence]:
         """In order of arrival; all have a block table."""
         return self._set.sequences
+
+    @property
+    def in_flight(self) -> deque[Launched]:
+        """Plans whose results are awaited, in order."""
+        return self.planner.in_flight
 
     @property
     def counters(self) -> Counters:
@@ -79,7 +75,7 @@ class Batcher:
         """Queue all choices of a request that `why_impossible` has nothing against. Returns the one that computes the prompt."""
         if request.params.beam_width:
             group = self._groups[request.id] = BeamGroup(request, self._number, now)
-            self._stand_in_line(group.first)
+            self._set.stand_in_line(group.first)
             return group.first
         choices = [c for c in range(request.params.n) if not request.finished[c]]
         sequences: dict[int, Sequence] = {}
@@ -89,7 +85,7 @@ class Batcher:
             if self._set.forks and sequences:
                 self.line.hold(sequence, sequences[choices[0]])
             else:
-                self._stand_in_line(sequence)
+                self._set.stand_in_line(sequence)
             sequences[choice] = sequence
         self._requests[request.id] = sequences
         return sequences[choices[0]]
@@ -97,10 +93,6 @@ class Batcher:
     def _number(self) -> int:
         self._next_seq += 1
         return self._next_seq - 1
-
-    def _stand_in_line(self, sequence: Sequence) -> None:
-        sequence.expected = self.kv.known_tokens(self._set.match(sequence))
-        self.line.join(sequence)
 
     def cancel(self, request: str, choices: list[int] | None = None) -> None:
         """Nobody waits for these choices (default: all) any more. Their blocks are freed when their plans have returned."""
@@ -135,7 +127,7 @@ class Batcher:
     def last_step(self) -> int:
         """The last step that may touch what is in no table any more: the last launched one, or the next if that stores something in
         host memory; -1 if there was none."""
-        return self._next_step - 1 + self.kv.has_transfers
+        return self.planner.last_step
 
     def close_table(self, seq: int, key: Key = b"", num_tokens: int = 0) -> None:
         """End it. What it has of the first `num_tokens` of the packed tokens `key` can be found from now on."""
@@ -156,161 +148,21 @@ class Batcher:
     @property
     def wants_plan(self) -> bool:
         """Whether one more plan may be in flight."""
-        if len(self.in_flight) != self.config.shares:
-            return len(self.in_flight) < self.config.shares
-        return not self._groups and self.pace.runs_ahead(self.in_flight[-1], self.kv.num_free, len(self.running))
+        return self.planner.wants_plan(beams=bool(self._groups))
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next iteration, launched: None if nothing can run now. Call while `wants_plan`."""
         self._end_static_batch()
-        self.line.release(self._set.can_fork)
-        plan = StepPlan(epoch=self.epoch, step=self._next_step, admitted=[], chunks=[], copies=[], finished=[])
-        self.kv.begin_plan(plan.copies)
-        chosen: list[Sequence] = []
-        forks, self._forks = self._forks, []
-        for beam in forks:
-            if not self._set.fork(beam, plan):
-                self._stand_in_line(beam)
-        decodes = self._schedule_decodes(plan, chosen)
-        known = itertools.chain(self.running, self.line.waiting)
-        budget = self.pace.prefill_tokens(self.config.max_num_batched_tokens - decodes, decodes, known)
-        budget = self._schedule_prefills(plan, chosen, budget)
-        self._admit(plan, chosen, budget)
-        awaited = self.kv.has_transfers and self._set.besides
-        if not plan.chunks and not plan.admitted and not awaited:
-            return None
-        plan.finished.extend(self._set.gone)
-        self._set.gone.clear()
-        self._take_transfers(plan)
-        self._next_step += 1
-        for sequence in chosen:
-            sequence.started_at = now if sequence.started_at is None else sequence.started_at
-        self.in_flight.append(Launched(plan, tuple(chosen)))
-        return plan
-
-    def _take_transfers(self, plan: StepPlan) -> None:
-        """Those too that were decided when there was no plan to make of it."""
-        plan.transfers = self.kv.take_transfers()
-        for transfer in plan.transfers:
-            if transfer.kind == "store":
-                self.counters.stored += len(transfer.blocks)
-            else:
-                self.counters.loaded += len(transfer.blocks)
-
-    def _schedule_decodes(self, plan: StepPlan, chosen: list[Sequence]) -> int:
-        """At most ceil(running / shares), so that every stage has its share. Returns how many tokens they take."""
-        most = -(-len(self.running) // self.config.shares)
-        ahead = self.config.may_run_ahead and len(self.in_flight) == self.config.shares
-        budget = self.config.max_num_batched_tokens
-        if self.config.speculative_tokens:
-            self.speculation.begin(self.running, most)
-            if any(sequence.proposed for sequence in self.running):  # proposals leave prompts their share
-                budget -= self.pace.reserved(itertools.chain(self.running, self.line.waiting))
-        count = tokens = 0
-        for sequence in list(self.running):
-            if count == most:
-                break
-            # One that an older one preempted in this loop holds nothing any more.
-            if (
-                (sequence.schedulable == 1 or (ahead and sequence.chains))
-                and sequence.finish is None
-                and self.kv.holds(sequence.seq)
-            ):
-                room = budget - tokens - (most - count)
-                proposals = self.speculation.kept(sequence)[: max(0, room)] if sequence.proposed else ()
-                if self._run(sequence, 1, plan, chosen, proposals):
-                    count, tokens = count + 1, tokens + plan.chunks[-1].num_tokens
-        if self.config.batching == "static" and any(s.finish is None for s in self.running):
-            for sequence in self.running:
-                if count < most and sequence.finish is not None and self._rerun(sequence, plan, chosen):
-                    count, tokens = count + 1, tokens + 1
-        return tokens
-
-    def _schedule_prefills(self, plan: StepPlan, chosen: list[Sequence], budget: int) -> int:
-        """The next chunks of admitted prompts. Returns the budget left."""
-        for sequence in list(self.running):
-            if budget <= 0:
-                break
-            if sequence.schedulable > 1 and sequence.finish is None and self.kv.holds(sequence.seq):
-                count = min(sequence.schedulable, budget)
-                if self._run(sequence, count, plan, chosen):
-                    budget -= count
-        return budget
-
-    def _admit(self, plan: StepPlan, chosen: list[Sequence], budget: int) -> None:
-        """Take sequences from the head of the waiting line; none overtakes one that arrived before it."""
-        static = self.config.batching != "continuous"
-        if not self.line.waiting or (static and self.running):
-            return
-        places, free = self._set.free()
-        while self.line.waiting and (budget > 0 or static):
-            sequence = self.line.waiting[0]
-            claim = self._set.claim(sequence)
-            # What a group needs for its forks has to be free when it begins, unless nobody else runs.
-            forks = self._set.margin * (claim - 1) if self.running else 0
-            taken = self._set.enter(sequence, plan, free - forks) if claim <= places else None
-            if taken is None:
-                stalled = self._set.stalled(sequence)
-                if stalled is None:
-                    break
-                self._set.preempt(stalled)
-                places, free = self._set.free()
-                continue
-            places, free = places - claim, free - taken - self._set.margin * claim
-            self.line.waiting.pop(0)
-            count = min(sequence.schedulable, budget)
-            if count > 0 and self._run(sequence, count, plan, chosen):
-                budget -= count
-
-    def _run(self, sequence: Sequence, count: int, plan: StepPlan, chosen: list[Sequence], proposals: Tokens[int] = ()) -> bool:
-        """Add a chunk of `count` tokens, and of `proposals` if there are blocks for them at once; False if it can't run now."""
-        end = sequence.num_computed + count
-        draws = end >= sequence.num_tokens and sequence.params.max_tokens > 0
-        propose = self.speculation.wanted(sequence) if draws and self.config.speculative_tokens else 0
-        filled = end + len(proposals)
-        longest = max(filled, min(filled + propose, sequence.max_num_tokens))  # a draft model goes on from there
-        blocks = self.kv.allocate(sequence.seq, longest)
-        if blocks is None and (proposals or propose):
-            proposals, propose = (), 0
-            blocks = self.kv.allocate(sequence.seq, end)
-        while blocks is None and self._set.make_room(sequence):
-            blocks = self.kv.allocate(sequence.seq, end)
-        if blocks is None:
-            return False
-        # What workers can't have yet is the token drawn last: the prompt came with the sequence, older tokens with older chunks,
-        # and one that is still being drawn (see Sequence.chains) they have before anybody else.
-        tokens = [*(sequence.emitted[-1:] if end == sequence.num_tokens else ()), *proposals]
-        scores = sequence.scoring.take(end)
-        chunk = Chunk(sequence.seq, sequence.num_computed, count + len(proposals), blocks, tokens, sample=draws, scores=scores)
-        chunk.verify, chunk.propose = len(proposals), propose
-        plan.chunks.append(chunk)
-        if sequence.num_computed < len(sequence.request.prompt) or count > 1:  # what is computed again may be others' beginning too
-            self.kv.record(sequence.seq, sequence.key, end)
-        sequence.num_computed = end + len(proposals)
-        sequence.proposed = []
-        self._launch(sequence, chosen)
-        return True
-
-    def _rerun(self, sequence: Sequence, plan: StepPlan, chosen: list[Sequence]) -> bool:
-        """A finished row of a static batch: computed on until the last one is done, as the original does. Its token is dropped."""
-        if sequence.in_flight or not sequence.num_computed:
-            return False
-        plan.chunks.append(Chunk(sequence.seq, sequence.num_computed - 1, 1, [], [], sample=True))
-        self._launch(sequence, chosen)
-        return True
-
-    def _launch(self, sequence: Sequence, chosen: list[Sequence]) -> None:
-        sequence.in_flight += 1
-        chosen.append(sequence)
+        return self.planner.schedule(now)
 
     # --- results ----------------------------------------------------------------------------------------------------
 
     def update(self, result: StepResult) -> list[TokenDelta]:
         """Take in the result of the oldest plan in flight (see `expects`); returns what is new for the clients."""
         launched = self.in_flight.popleft()
-        self.pace.ran(launched, result)
+        self.planner.pace.ran(launched, result)
         if self.config.speculative_tokens:
-            self.speculation.ran(launched, result)
+            self.planner.speculation.ran(launched, result)
         drawn = {r.seq: r for r in result.results}
         told = {s.seq: s for s in result.scores}
         deltas: list[TokenDelta] = []
@@ -357,7 +209,7 @@ class Batcher:
         stood = len(result.tokens) - 1
         if chunk.verify:
             sequence.num_computed -= chunk.verify - stood
-            self.speculation.verified(sequence, chunk.verify, stood)
+            self.planner.speculation.verified(sequence, chunk.verify, stood)
             self.counters.count_verified(chunk.verify, stood)
         return (chunk.verify, stood) if self.config.speculative_tokens else None
 
@@ -379,7 +231,7 @@ class Batcher:
         if not group.take(beam, told):
             return []
         left, forked = group.turn()
-        self._forks += forked
+        self.planner.forks += forked
         for other in left:
             self._dismiss(other)
         if group.over:
@@ -387,7 +239,7 @@ class Batcher:
             return group.outcome()
         for other in group.beams:
             if other.parent is None and not self.kv.holds(other.seq):
-                self._stand_in_line(other)
+                self._set.stand_in_line(other)
         return []
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
@@ -413,7 +265,7 @@ class Batcher:
     def _end_group(self, group: BeamGroup) -> None:
         """Nothing more of a beam search is wanted."""
         del self._groups[group.request.id]
-        self._forks = [beam for beam in self._forks if beam.group is not group]
+        self.planner.forks = [beam for beam in self.planner.forks if beam.group is not group]
         for beam in group.beams:
             self._dismiss(beam)
 

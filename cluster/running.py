@@ -102,6 +102,11 @@ class RunningSet:
 
     # --- entering ---------------------------------------------------------------------------------------------------
 
+    def stand_in_line(self, sequence: Sequence) -> None:
+        """It waits for a place."""
+        sequence.expected = self.kv.known_tokens(self.match(sequence))
+        self.line.join(sequence)
+
     def enter(self, sequence: Sequence, plan: StepPlan, free: int) -> int | None:
         """Give `sequence` a block table if the `free` blocks hold all of its known tokens; returns how many it will take soon."""
         parent = sequence.parent

@@ -81,7 +81,7 @@ def _measure(llm: LLM, prompts: list[list[int]], temperature: float) -> Acceptan
     def verified(sequence: Sequence, proposed: int, stood: int) -> None:
         told.append((proposed, stood))
 
-    llm.batcher.speculation.verified = verified  # type: ignore[method-assign]
+    llm.batcher.planner.speculation.verified = verified  # type: ignore[method-assign]
     for number, prompt in enumerate(prompts):
         told.clear()
         params = SamplingParams(seed=number, temperature=temperature, max_tokens=OUTPUT)

@@ -244,7 +244,7 @@ def test_a_prompt_is_cut_by_what_iterations_cost() -> None:
     def first_chunk(fixed_s: float, token_s: float) -> int:
         b = batcher(pp=4, num_blocks=300, max_num_seqs=4, max_num_batched_tokens=512, max_model_len=1024)
         for tokens in (16, 256) * 50:
-            b.pace.cost.observe(tokens, fixed_s + token_s * tokens)
+            b.planner.pace.cost.observe(tokens, fixed_s + token_s * tokens)
         b.add(request("long", prompt=900, max_tokens=1), 0.0)
         (chunk,) = step(b).chunks
         return chunk.num_tokens
@@ -260,7 +260,7 @@ def test_those_that_decode_wait_for_a_part_of_a_long_prompt_only() -> None:
     run(b)
     b.add(request("long", prompt=900, max_tokens=2), 1.0)
     for tokens in (16, 256) * 50:
-        b.pace.cost.observe(tokens, 0.004 + 0.001 * tokens)
+        b.planner.pace.cost.observe(tokens, 0.004 + 0.001 * tokens)
     assert 60 < chunks(run(b))[-1][2] <= 64
 
 

@@ -152,7 +152,7 @@ def test_all_tokens_are_those_without(plain: LLM, load: Callable[..., LLM], grid
     llm = load(speculative="lookup", **grid)
     drafter = Scripted(outputs, wrong)
     llm.ranks.runners[-llm.config.tp]._drafter = drafter
-    steps = llm.batcher._next_step
+    steps = llm.batcher.last_step
     check(llm.generate(prompts, params, ignore_eos=True), wanted)
     counters = llm.batcher.counters
     assert drafter.proposed >= counters.proposed > 100
@@ -160,7 +160,7 @@ def test_all_tokens_are_those_without(plain: LLM, load: Callable[..., LLM], grid
     assert (counters.accepted == 0) == (wrong == 1)
     longest = max(len(tokens) for tokens in outputs.values())
     if wrong == 1000:
-        assert llm.batcher._next_step - steps < longest * len(grid or "1"), "fewer iterations than tokens"
+        assert llm.batcher.last_step - steps < longest * len(grid or "1"), "fewer iterations than tokens"
     llm.batcher.check_integrity()
     assert llm.stats().blocks_used == 0
 
