@@ -55,11 +55,11 @@ class Clock {
     const std::chrono::steady_clock::time_point began_ = std::chrono::steady_clock::now();
 };
 
-void attend_task(const Paged& paged, const Task& task, const float* queries, int64_t padded, const void* keys, const void* values,
-                 int64_t form, int64_t window, AttentionScratch& scratch) {
+void attend_task(const Paged& paged, const Tasks& tasks, const Task& task, const float* queries, int64_t padded, const void* keys,
+                 const void* values, int64_t form, int64_t window, AttentionScratch& scratch) {
     with_form(form, [&](auto kept) {
         typedef decltype(kept) KV;
-        attend(paged, task, queries, padded, static_cast<const KV*>(keys), static_cast<const KV*>(values), window, scratch);
+        Attending<KV>(paged, tasks, task, queries, padded, static_cast<const KV*>(keys), static_cast<const KV*>(values), window, scratch);
     });
 }
 
@@ -84,7 +84,7 @@ class Decoder final : public Model {
 
     void layers(const Batch& batch, const Layer* all, int64_t first, int64_t end) override {
         Threads::Step step(threads_);
-        const std::vector<Task> tasks = tasks_of(batch.paged, threads_.count());
+        const Tasks tasks(batch.paged, threads_.count());
         for (int64_t i = first; i < end; i++) {
             const X* attended = attention(batch, all[i], tasks);
             add(*all[i].output, attended, attended_stride(), batch);
@@ -95,7 +95,7 @@ class Decoder final : public Model {
 
     void attention_part(const Batch& batch, const Layer& layer, float* to) override {
         Threads::Step step(threads_);
-        const X* attended = attention(batch, layer, tasks_of(batch.paged, threads_.count()));
+        const X* attended = attention(batch, layer, Tasks(batch.paged, threads_.count()));
         put(*layer.output, attended, attended_stride(), batch.num_tokens, to);
     }
 
@@ -128,7 +128,7 @@ class Decoder final : public Model {
         return to;
     }
 
-    const X* attention(const Batch& batch, const Layer& layer, const std::vector<Task>& tasks) {
+    const X* attention(const Batch& batch, const Layer& layer, const Tasks& tasks) {
         const int64_t n = batch.num_tokens, width = (d_.num_heads + 2 * d_.num_kv_heads) * d_.head_dim;
         const X* x = normed(batch, layer.input_norm);
         float* qkv = qkv_.fit(n * width);
@@ -168,11 +168,12 @@ class Decoder final : public Model {
         });
     }
 
-    void attend_all(const Batch& batch, const Layer& layer, const std::vector<Task>& tasks, const float* queries, X* attended) {
+    void attend_all(const Batch& batch, const Layer& layer, const Tasks& tasks, const float* queries, X* attended) {
         Clock clock(spent.attention);
-        threads_.run(tasks.size(), [&](int64_t i, int thread) {
-            attend_task(batch.paged, tasks[i], queries, padded_, layer.keys, layer.values, layer.form, layer.window, scratch_[thread]);
-            put_attended(batch.paged, tasks[i], padded_, scratch_[thread], [&](int64_t row, int64_t head, int64_t d, Floats v) {
+        threads_.run(tasks.tasks.size(), [&](int64_t i, int thread) {
+            const Task& task = tasks.tasks[i];
+            attend_task(batch.paged, tasks, task, queries, padded_, layer.keys, layer.values, layer.form, layer.window, scratch_[thread]);
+            put_attended(batch.paged, tasks, task, padded_, scratch_[thread], [&](int64_t row, int64_t head, int64_t d, Floats v) {
                 X* to = attended + row * attended_stride() + head * d_.head_dim + d;
                 if (d + LANES <= d_.head_dim) {
                     Activation<W>::put(to, v);
@@ -249,11 +250,11 @@ void attend_alone(const Paged& paged, const float* queries, int64_t num_tokens, 
     std::vector<float> wide(num_tokens * paged.num_heads * padded);
     for (int64_t i = 0; i < num_tokens * paged.num_heads; i++) memcpy(wide.data() + i * padded, queries + i * size, size * sizeof(float));
     std::vector<AttentionScratch> scratch(threads.count());
-    const std::vector<Task> tasks = tasks_of(paged, threads.count());
+    const Tasks tasks(paged, threads.count());
     Threads::Step step(threads);
-    threads.run(tasks.size(), [&](int64_t i, int thread) {
-        attend_task(paged, tasks[i], wide.data(), padded, keys, values, form, window, scratch[thread]);
-        put_attended(paged, tasks[i], padded, scratch[thread], [&](int64_t row, int64_t head, int64_t d, Floats v) {
+    threads.run(tasks.tasks.size(), [&](int64_t i, int thread) {
+        attend_task(paged, tasks, tasks.tasks[i], wide.data(), padded, keys, values, form, window, scratch[thread]);
+        put_attended(paged, tasks, tasks.tasks[i], padded, scratch[thread], [&](int64_t row, int64_t head, int64_t d, Floats v) {
             float* at = to + (row * paged.num_heads + head) * size + d;
             for (int j = 0; j < LANES && d + j < size; j++) at[j] = v[j];
         });

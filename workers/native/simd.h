@@ -46,6 +46,14 @@ inline Floats load(const float* from) {
 
 inline void store(float* to, Floats v) { memcpy(to, &v, sizeof v); }
 
+// In a register: compilers would read memory once for each use.
+inline Floats held(Floats v) {
+#if RAYLINE_AVX512 || RAYLINE_AVX2
+    asm("" : "+v"(v));
+#endif
+    return v;
+}
+
 inline Floats all(float x) { return x - Floats{}; }
 
 inline Floats as_floats(Words v) { return (Floats)v; }
@@ -93,10 +101,22 @@ inline float sum(Floats v) {
     return s[0];
 }
 
+// Of numbers; where one is none, that or the largest of some.
 inline float largest(Floats v) {
+#if RAYLINE_AVX512 || RAYLINE_AVX2
+#if RAYLINE_AVX512
+    const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+    const __m256 eight = (__m256)v;
+#endif
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+#else
     float m = v[0];
     for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
     return m;
+#endif
 }
 
 // e**x to some 2 units in the last place, for x cut to [-87, 88]. Cody & Waite's reduction by ln 2 in two parts, then a polynomial
