@@ -131,18 +131,53 @@ inline void put_with_bias(const Packed& packed, int64_t panel, const Floats (&su
 
 // --- products of a few rows and a few panels, all inputs ------------------------------------------------------------
 
+// Whether what few rows have at one input is kept in registers, and weights come one vector after the other, or the other way round:
+// beside the sums there is no room for more.
+constexpr bool rows_first(int rows, int vectors) { return LANES == 8 && rows < vectors; }
+
+// sums [ROWS][N] += value(row) * weight(v)
+template <int ROWS, int N, class X, class W>
+__attribute__((always_inline)) inline void outer_product(Floats (&sums)[ROWS][N], const X& value, const W& weight) {
+    if constexpr (rows_first(ROWS, N)) {
+        Floats x[ROWS];
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; row++) x[row] = value(row);
+#pragma GCC unroll 16
+        for (int v = 0; v < N; v++) {
+            const Floats w = held(weight(v));
+#pragma GCC unroll 16
+            for (int row = 0; row < ROWS; row++) sums[row][v] = held(fma(x[row], w, sums[row][v]));
+        }
+    } else {
+        Floats w[N];
+#pragma GCC unroll 16
+        for (int v = 0; v < N; v++) w[v] = weight(v);
+#pragma GCC unroll 16
+        for (int row = 0; row < ROWS; row++) {
+            const Floats x = value(row);
+#pragma GCC unroll 16
+            for (int v = 0; v < N; v++) sums[row][v] = fma(x, w[v], sums[row][v]);
+        }
+    }
+}
+
+constexpr int64_t AHEAD = 2048;  // bytes
+
+// The `bytes` of each panel that come AHEAD of these. Of one row the memory's own look-ahead is as fast.
+template <int ROWS, int COUNT>
+__attribute__((always_inline)) inline void fetch_ahead(const void* weights, int64_t panel_bytes, int64_t bytes) {
+    if constexpr (ROWS > 1)
+        for (int panel = 0; panel < COUNT; panel++)
+            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(weights) + panel * panel_bytes + AHEAD + at);
+}
+
 template <int ROWS, int COUNT>
 inline void multiply(const float* x, int64_t stride, const float* weights, int64_t panel_size, int64_t depth, Floats (&sums)[ROWS][COUNT * VECTORS]) {
     for (int64_t i = 0; i < depth; i++) {
-        Floats w[COUNT * VECTORS];
-#pragma GCC unroll 16
-        for (int v = 0; v < COUNT * VECTORS; v++) w[v] = load(weights + v / VECTORS * panel_size + i * WIDTH + v % VECTORS * LANES);
-#pragma GCC unroll 16
-        for (int row = 0; row < ROWS; row++) {
-            Floats value = all(x[row * stride + i]);
-#pragma GCC unroll 16
-            for (int v = 0; v < COUNT * VECTORS; v++) sums[row][v] = fma(value, w[v], sums[row][v]);
-        }
+        fetch_ahead<ROWS, COUNT>(weights + i * WIDTH, panel_size * sizeof(float), WIDTH * sizeof(float));
+        outer_product<ROWS, COUNT * VECTORS>(
+            sums, [&](int row) { return all(x[row * stride + i]); },
+            [&](int v) { return load(weights + v / VECTORS * panel_size + i * WIDTH + v % VECTORS * LANES); });
     }
 }
 
@@ -172,28 +207,16 @@ inline void multiply(const bf16* x, int64_t stride, const bf16* weights, int64_t
 
 template <int ROWS, int COUNT>
 inline void multiply(const float* x, int64_t stride, const bf16* weights, int64_t panel_size, int64_t depth, Floats (&sums)[ROWS][COUNT * VECTORS]) {
+    constexpr int N = COUNT * VECTORS;
     for (int64_t i = 0; i < depth; i += 2) {
-        Words pairs[COUNT * VECTORS];
-        Floats w[COUNT * VECTORS];
-#pragma GCC unroll 16
-        for (int v = 0; v < COUNT * VECTORS; v++) {
-            memcpy(&pairs[v], weights + v / VECTORS * panel_size + i * WIDTH + v % VECTORS * LANES * 2, sizeof pairs[v]);
-            w[v] = as_floats(pairs[v] & 0xffff0000);
-        }
-#pragma GCC unroll 16
-        for (int row = 0; row < ROWS; row++) {
-            Floats value = all(x[row * stride + i + 1]);
-#pragma GCC unroll 16
-            for (int v = 0; v < COUNT * VECTORS; v++) sums[row][v] = fma(value, w[v], sums[row][v]);
-        }
-#pragma GCC unroll 16
-        for (int v = 0; v < COUNT * VECTORS; v++) w[v] = as_floats(pairs[v] << 16);
-#pragma GCC unroll 16
-        for (int row = 0; row < ROWS; row++) {
-            Floats value = all(x[row * stride + i]);
-#pragma GCC unroll 16
-            for (int v = 0; v < COUNT * VECTORS; v++) sums[row][v] = fma(value, w[v], sums[row][v]);
-        }
+        fetch_ahead<ROWS, COUNT>(weights + i * WIDTH, panel_size * sizeof(bf16), WIDTH * 2 * sizeof(bf16));
+        auto pair = [&](int v) {
+            Words both;
+            memcpy(&both, weights + v / VECTORS * panel_size + i * WIDTH + v % VECTORS * LANES * 2, sizeof both);
+            return both;
+        };
+        outer_product<ROWS, N>(sums, [&](int row) { return all(x[row * stride + i + 1]); }, [&](int v) { return as_floats(pair(v) & 0xffff0000); });
+        outer_product<ROWS, N>(sums, [&](int row) { return all(x[row * stride + i]); }, [&](int v) { return as_floats(pair(v) << 16); });
     }
 }
 

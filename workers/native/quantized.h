@@ -144,16 +144,9 @@ struct Fields {
         for (int part = 0; part < BITS / 4; part++) {
 #pragma GCC unroll 8
             for (int field = 0; field < COUNT; field++) {
-                Floats w[N];
-#pragma GCC unroll 16
-                for (int v = 0; v < N; v++)
-                    w[v] = number(load_words(weights + v / VECTORS * panel_bytes + (part * WIDTH + v % VECTORS * LANES) * 4), field);
-#pragma GCC unroll 16
-                for (int row = 0; row < ROWS; row++) {
-                    const Floats value = all(x[row * stride + part * 4 + input(field)]);
-#pragma GCC unroll 16
-                    for (int v = 0; v < N; v++) sums[row][v] = fma(value, w[v], sums[row][v]);
-                }
+                outer_product<ROWS, N>(
+                    sums, [&](int row) { return all(x[row * stride + part * 4 + input(field)]); },
+                    [&](int v) { return number(load_words(weights + v / VECTORS * panel_bytes + (part * WIDTH + v % VECTORS * LANES) * 4), field); });
             }
         }
     }
@@ -270,8 +263,10 @@ struct Grouped {
     __attribute__((always_inline)) static void sum_up(const char* weights, int64_t panel_bytes, const typename F::Input* x, int64_t stride,
                                                       int64_t units, typename F::Sum (&to)[ROWS][N]) {
         typename F::Sum sums[ROWS][N] = {};
-        for (int64_t unit = 0; unit < units; unit++, weights += WIDTH * F::BITS, x += UNIT)
+        for (int64_t unit = 0; unit < units; unit++, weights += WIDTH * F::BITS, x += UNIT) {
+            fetch_ahead<ROWS, N / VECTORS>(weights, panel_bytes, WIDTH * F::BITS);
             F::template add<ROWS, N>(weights, panel_bytes, x, stride, sums);
+        }
 #pragma GCC unroll 16
         for (int row = 0; row < ROWS; row++)
 #pragma GCC unroll 16
