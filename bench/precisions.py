@@ -30,7 +30,7 @@ from bench.workload import Job, Shape, jobs
 from cluster.model import ModelFiles, open_model
 from cluster.schemes import Recipe, parse_precision, parse_recipe
 from compress.calibration import calibration_text, held_out_text, rows_of
-from compress.evaluate import Evaluation, evaluate, size_of
+from compress.evaluate import Comparison, Evaluation, evaluate, size_of
 from compress.layers import num_parameters
 from compress.mixed import DEFAULT, search
 from compress.qat import Tuning, control, tune
@@ -39,7 +39,7 @@ from parallel.partition import layer_cost
 from workers.quantization.weight import Ranging
 
 SCRIPT = str(Path(__file__).parent / "peers" / "precision_peer.py")
-BASE, PLAIN, MIXED = "bf16", "transformers fp32", "mixed"
+BASE, PLAIN, MIXED, CALIBRATED = "bf16", "transformers fp32", "mixed", "int4 GPTQ"
 SPEEDS = {"decode 1": [Shape(16, 33)], "decode 16": [Shape(16, 17)] * 16, "prefill": [Shape(385, 1)]}
 """What is asked for each speed. Of a decode the first token belongs to the prompt."""
 _CALIBRATION, _MEASURED, _TUNING_ROWS, _LENGTH = 128, 64, 4096, 512
@@ -64,7 +64,7 @@ KINDS = {
     "int8 asymmetric": Kind("int8-asym"),
     "int8 dynamic": Kind("int8-dynamic"),
     "int4 rounded": Kind("int4-g128"),
-    "int4 GPTQ": Kind("int4-g128", "gptq", "mse"),
+    CALIBRATED: Kind("int4-g128", "gptq", "mse"),
     "int4 dynamic": Kind("int4-g128-dynamic", "gptq", "mse"),
     MIXED: Kind("", "gptq", "mse"),
     "bf16 fine-tuned (control)": Kind("bf16", training="control"),
@@ -73,7 +73,7 @@ KINDS = {
 }
 
 
-TRAINED = {name for name, kind in KINDS.items() if kind.training} | {"int4 GPTQ"}
+TRAINED = {name for name, kind in KINDS.items() if kind.training} | {CALIBRATED}
 """That say nothing of random weights."""
 
 
@@ -187,14 +187,16 @@ def _accuracy(made: dict[str, Path], files: ModelFiles, arguments: argparse.Name
 
 
 def _sizes(report: Report, made: dict[str, Path], accuracy: dict[str, Evaluation]) -> None:
-    columns = ["", "MB", "GB per 10^9", "perplexity", "KL, nats per token", "same likeliest token"]
+    columns = ["", "MB", "GB per 10^9", "perplexity", "KL, nats per token", "same likeliest token", f"KL to that of {CALIBRATED}"]
+    calibrated = accuracy.get(CALIBRATED)
     rows: list[list[Cell]] = []
     for name, path in made.items():
         size, count = size_of(path), num_parameters(open_model(str(path)).shape)
         found = accuracy.get(name)
         told = [None] * 3 if found is None else [str(found.perplexity), str(found.divergence), str(found.agreement)]
-        rows.append([name, size / 1e6, size / count, *told])
-    report.table("Size, and accuracy on held-out text (95 % of bootstrap samples)", columns, rows)
+        ratio = None if found is None or calibrated is None else str(Comparison.of(found, calibrated).ratio)
+        rows.append([name, size / 1e6, size / count, *told, ratio])
+    report.table("Size, and accuracy on held-out text (95 % of bootstrap samples; ratios: of the same rows)", columns, rows)
 
 
 def _speeds(report: Report, made: dict[str, Path], files: ModelFiles, arguments: argparse.Namespace) -> None:

@@ -329,15 +329,19 @@ def quantize(
 @cli.command("eval")
 @click.argument("model")
 @click.option("--against", metavar="BASE", help="A model of the same vocabulary, to tell how far MODEL is from it.")
+@click.option("--than", metavar="OTHER", help="Another such model, to tell which of the two is nearer to BASE.")
 @click.option("--text", type=_TEXT, multiple=True, help="Files, or folders of them. Default: some of Python's library.")
 @click.option("--context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a row.")
 @click.option("--samples", type=click.IntRange(min=2), default=64, show_default=True, help="Rows.")
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), default="auto", show_default=True, help="To compute in.")
 @click.option("--threads", type=click.IntRange(min=1), help="Default: all cores.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def evaluate(model: str, against: str | None, text: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+def evaluate(model: str, against: str | None, than: str | None, text: tuple[Path, ...], as_json: bool, **options: Any) -> None:
     """Measure how well MODEL (a directory or hub id) predicts a text, how large it is, and how far from another."""
+    if than is not None and against is None:
+        raise ConfigError("--than needs --against: a model is nearer to something than another")
     from compress.calibration import held_out_text, rows_of
+    from compress.evaluate import Comparison
     from compress.evaluate import evaluate as measure
 
     files = open_model(model)
@@ -347,7 +351,13 @@ def evaluate(model: str, against: str | None, text: tuple[Path, ...], as_json: b
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     found = measure(model, against, rows, progress=sys.stderr.isatty(), **options)
-    click.echo(json.dumps(found.as_dict(), indent=1) if as_json else found)
+    told, figures = str(found), found.as_dict()
+    if than is not None:
+        other = measure(than, against, rows, progress=sys.stderr.isatty(), **options)
+        compared = Comparison.of(found, other)
+        told += f"\n\n{than}:\n{other}\n\ndivergence of {model} less, and by, that of {than}, on the same rows:\n{compared}"
+        figures |= {"than": other.as_dict(), "compared": dataclasses.asdict(compared)}
+    click.echo(json.dumps(figures, indent=1) if as_json else told)
 
 
 @cli.command()

@@ -56,6 +56,8 @@ class Evaluation:
     """KL(base || model) in nats per token."""
     agreement: Figure | None = None
     """Share of positions where both find the same token likeliest."""
+    divergences: tuple[float, ...] = ()
+    """The divergence on each row."""
 
     @property
     def gigabytes_per_billion(self) -> float:
@@ -74,6 +76,27 @@ class Evaluation:
             lines.append(f"agreement   {self.agreement} of the likeliest tokens are the base's")
         size = f"{self.bytes / 1e6:.1f} MB, {self.gigabytes_per_billion:.2f} GB per 10^9 parameters"
         return "\n".join([*lines, f"size        {size}"])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of the divergences of two models from one base on the same rows, which are resampled together: what is hard about a row is so
+    for both, so this tells models apart whose own intervals overlap."""
+
+    difference: Figure
+    """Of the first less that of the second, in nats per token."""
+    ratio: Figure
+
+    @classmethod
+    def of(cls, first: Evaluation, second: Evaluation) -> "Comparison":
+        """Raises ValueError where they were not measured against a base, on as many rows."""
+        ours, theirs = np.array(first.divergences), np.array(second.divergences)
+        if not len(ours) or len(ours) != len(theirs):
+            raise ValueError("only models that were measured on the same rows, against a base, can be compared")
+        return cls(_figure(ours - theirs), _ratio(ours, theirs))
+
+    def __str__(self) -> str:
+        return f"difference  {self.difference} nats per token\nratio       {self.ratio}"
 
 
 def evaluate(
@@ -105,6 +128,7 @@ def evaluate(
         base_perplexity=None if base is None else _exp(of["base"]),
         divergence=None if base is None else of["divergence"],
         agreement=None if base is None else of["agreement"],
+        divergences=() if base is None else tuple(scores[:, 2].tolist()),
     )
 
 
@@ -154,9 +178,24 @@ def _log_probs(runner: ModelRunner, hidden: Tensor) -> Tensor:
 
 def _figure(means: NDArray[np.float64]) -> Figure:
     """means [rows], each of as many tokens."""
-    drawn = np.random.default_rng(0).integers(0, len(means), (_RESAMPLES, len(means)))
-    low, high = np.quantile(means[drawn].mean(axis=1), (0.025, 0.975))
-    return Figure(float(means.mean()), float(low), float(high))
+    return _interval(means.mean(), means[_drawn(len(means))].mean(axis=1))
+
+
+def _ratio(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Figure:
+    """Of the means of two [rows]; not finite where the second is 0."""
+    drawn = _drawn(len(ours))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _interval(ours.mean() / theirs.mean(), ours[drawn].mean(axis=1) / theirs[drawn].mean(axis=1))
+
+
+def _drawn(rows: int) -> NDArray[np.int64]:
+    """[resamples, rows]: which rows, the same for as many."""
+    return np.random.default_rng(0).integers(0, rows, (_RESAMPLES, rows))
+
+
+def _interval(value: float, resampled: NDArray[np.float64]) -> Figure:
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return Figure(float(value), float(low), float(high))
 
 
 def _exp(figure: Figure) -> Figure:

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from cluster.config import ConfigError
 from compress import evaluate as module
-from compress.evaluate import evaluate, size_of
+from compress.evaluate import Comparison, Evaluation, Figure, evaluate, size_of
 from tests.workers.models import TinyModel, make_model, prompt
 
 ROWS = torch.tensor([prompt(40, seed) for seed in range(6)])
@@ -69,9 +70,41 @@ def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
     assert width == pytest.approx(2 * 1.96 * 2.0 / math.sqrt(50), rel=0.1)
 
 
+def of_rows(divergences: NDArray[np.float64]) -> Evaluation:
+    nothing = Figure(0.0, 0.0, 0.0)
+    found = module._figure(divergences)
+    return Evaluation(100, nothing, 1, 1, nothing, found, nothing, tuple(divergences.tolist()))
+
+
+def test_models_are_compared_row_by_row() -> None:
+    """Rows differ far more than models do, whose own intervals overlap."""
+    rows = np.random.default_rng(1).exponential(0.01, 50) + 0.001
+    base, less, by_a_tenth = of_rows(rows), of_rows(rows - 0.0001), of_rows(0.9 * rows)
+    for first in (less, by_a_tenth):
+        assert first.divergence is not None
+        assert base.divergence is not None
+        assert first.divergence.high > base.divergence.low
+    difference, ratio = Comparison.of(less, base).difference, Comparison.of(by_a_tenth, base).ratio
+    assert [difference.value, difference.low, difference.high] == pytest.approx([-0.0001] * 3)
+    assert [ratio.value, ratio.low, ratio.high] == pytest.approx([0.9] * 3)
+
+
+def test_intervals_of_ratios_hold_the_ratio_as_often_as_they_say() -> None:
+    generator = np.random.default_rng(1)
+    held = []
+    for _ in range(400):
+        hard = generator.exponential(1.0, 50)
+        ratio = Comparison.of(of_rows(hard * generator.uniform(0.6, 1.0, 50)), of_rows(hard)).ratio
+        held.append(ratio.low <= 0.8 <= ratio.high)
+    assert 0.88 < np.mean(held) < 0.98
+
+
 def test_what_cannot_be_compared_is_said(models: tuple[TinyModel, TinyModel], tmp_path: Path) -> None:
     other = make_model(tmp_path / "other", "llama", vocab_size=99)
     with pytest.raises(ConfigError, match="vocabularies"):
         evaluate(str(models[0].path), str(other.path), ROWS)
     with pytest.raises(ConfigError, match="too few"):
         evaluate(str(models[0].path), None, ROWS[:1])
+    alone = Evaluation(1, Figure(0, 0, 0), 1, 1)
+    with pytest.raises(ValueError, match="same rows"):
+        Comparison.of(alone, alone)

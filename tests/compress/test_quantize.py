@@ -358,6 +358,15 @@ def test_the_command_line(speaking: ModelFiles, tmp_path: Path) -> None:
     assert isinstance(wrong.exception, ConfigError)
     told = CliRunner().invoke(cli, ["eval", out, "--against", str(speaking.path), "--json", *small], catch_exceptions=False)
     assert json.loads(told.output)["agreement"]["value"] > 0.8
+    against = ["eval", out, "--against", str(speaking.path), "--than", out, *small]
+    same = json.loads(CliRunner().invoke(cli, [*against, "--json"], catch_exceptions=False).output)
+    assert same["compared"] == {
+        "difference": dict.fromkeys(zero := ("value", "low", "high"), 0.0),
+        "ratio": dict.fromkeys(zero, 1.0),
+    }
+    assert "on the same rows" in CliRunner().invoke(cli, against, catch_exceptions=False).output
+    alone = CliRunner().invoke(cli, ["eval", out, "--than", out, *small])
+    assert "--than needs --against" in str(alone.exception)
 
 
 def test_mixed_precision_keeps_to_a_size_or_a_loss(speaking: ModelFiles, tmp_path: Path) -> None:
