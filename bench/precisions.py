@@ -144,23 +144,29 @@ class Maker:
 
     def _make(self, name: str, kind: Kind, out: Path) -> None:
         if kind.training == "qat":
-            calibrated = self.folder / f"{out.name}-begins"
-            if not calibrated.exists():
-                self._make(name, replace(kind, training=""), calibrated)
             checkpoint = self.folder / f"{out.name}.pt"
             rows = self._rows(_TUNING_ROWS)
-            tune(self.files, open_model(str(calibrated)), self._tuning(), rows, out, checkpoint=checkpoint, resume=True)
+            tune(self.files, self._calibrated(), self._tuning(), rows, out, checkpoint=checkpoint, resume=True)
             return
         recipe = self._mixed() if name == MIXED else parse_recipe(kind.recipe)
         source = self._control() if kind.training else self.files
         quantize(source, Plan(recipe, kind.method, kind.ranging), self._rows(_CALIBRATION), out, resume=True).finish()
+
+    def _calibrated(self) -> ModelFiles:
+        """What training begins as, and what of the control is trained."""
+        out = self.folder / "before-training"
+        if not out.exists():
+            self._make(CALIBRATED, KINDS[CALIBRATED], out)
+        return open_model(str(out))
 
     def _tuning(self) -> Tuning:
         return Tuning(steps=self.arguments.steps)
 
     def _control(self) -> ModelFiles:
         out = self.folder / "fine-tuned-fp32"
-        return open_model(str(out)) if out.exists() else control(self.files, self._tuning(), self._rows(_TUNING_ROWS), out)
+        if out.exists():
+            return open_model(str(out))
+        return control(self.files, self._calibrated(), self._tuning(), self._rows(_TUNING_ROWS), out)
 
     def _rows(self, count: int) -> Tensor:
         length = min(_LENGTH, self.files.shape.max_position_embeddings)

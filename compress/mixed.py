@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from cluster.model import ModelFiles
 from cluster.schemes import Precision, Recipe, Scheme
-from compress.qat import linears, load
+from compress.simulated import linears, load
 from workers.device import torch_dtype
 from workers.quantization.weight import quantize
 

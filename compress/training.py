@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -154,22 +154,33 @@ def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
 class Trainer:
     """One training run: the model, its optimizers, and where it stands."""
 
-    def __init__(self, plan: Plan, rows: Batches, model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor] = loss_of) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        rows: Batches,
+        model: nn.Module,
+        loss: Callable[[nn.Module, Tensor], Tensor] = loss_of,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+    ) -> None:
+        """optimizers: with the peak rates of all their groups; by default Muon for matrices and AdamW for all else."""
         self.plan = plan
         self.rows = rows
         self.model = model
         self.schedule = Schedule(plan)
         self.rows_taken = 0
         self.tokens = 0
-        matrices = [w for n, w in self.model.named_parameters() if w.ndim == 2 and "embed" not in n]
-        others = [w for n, w in self.model.named_parameters() if w.ndim != 2 or "embed" in n]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=plan.matrix_rate, decay=plan.decay),
-            torch.optim.AdamW(others, lr=plan.vector_rate, betas=(0.9, 0.95), weight_decay=0.0),
-        ]
-        self.peaks = (plan.matrix_rate, plan.vector_rate)
+        self.optimizers = list(optimizers) or self._default()
+        self.peaks = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in self.optimizers]
         own: Callable[[Tensor], Tensor] = lambda batch: loss(self.model, batch)  # noqa: E731
         self.loss = torch.compile(own, dynamic=False) if plan.compiled else own
+
+    def _default(self) -> list[torch.optim.Optimizer]:
+        matrices = [w for n, w in self.model.named_parameters() if w.ndim == 2 and "embed" not in n]
+        others = [w for n, w in self.model.named_parameters() if w.ndim != 2 or "embed" in n]
+        return [
+            Muon(matrices, lr=self.plan.matrix_rate, decay=self.plan.decay),
+            torch.optim.AdamW(others, lr=self.plan.vector_rate, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
 
     def train_step(self) -> float:
         """One update from `batch_tokens` tokens; the mean loss over them, in nats."""
@@ -185,8 +196,8 @@ class Trainer:
             self.rows_taken += rows
             self.tokens += rows * length
         nn.utils.clip_grad_norm_(self.model.parameters(), plan.clip)
-        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
-            for group in optimizer.param_groups:
+        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * self.schedule.factor()
             optimizer.step()
             optimizer.zero_grad()
