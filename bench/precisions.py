@@ -68,7 +68,7 @@ KINDS = {
     "int4 dynamic": Kind("int4-g128-dynamic", "gptq", "mse"),
     MIXED: Kind("", "gptq", "mse"),
     "bf16 fine-tuned (control)": Kind("bf16", training="control"),
-    "int4 fine-tuned, then GPTQ": Kind("int4-g128", "gptq", "mse", "control"),
+    "int4 fine-tuned then GPTQ": Kind("int4-g128", "gptq", "mse", "control"),
     "int4 QAT": Kind("int4-g128", "gptq", "mse", "qat"),
 }
 
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=Path, nargs="*", default=[])
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="NAME,NAME", help=f"of: {', '.join(KINDS)}")
     parser.add_argument("--random", action="store_true", help="the weights are random: no training, no accuracy")
-    parser.add_argument("--steps", type=options.positive, default=300, help="of training (default: %(default)s)")
+    parser.add_argument("--steps", type=options.positive, default=150, help="of training (default: %(default)s)")
     parser.add_argument("--share", type=options.factor, default=0.3, help="of bf16's linears for the mixed one, in size")
     parser.add_argument("--repetitions", type=int, default=3, help="0: no speeds (default: %(default)s)")
     parser.add_argument("--threads", type=options.positive, default=2)

@@ -27,7 +27,7 @@ class Tuning(Plan):
     """How to train: short, from weights that are good already, by AdamW."""
 
     minutes: float | None = None
-    steps: int | None = 300
+    steps: int | None = 150
     batch_tokens: int = 4096
     context: int = 256
     long_share: float = 0.0
