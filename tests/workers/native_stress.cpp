@@ -51,6 +51,31 @@ static Packed* random_linear(int64_t outputs, int64_t inputs, bool paired, Threa
     return pack(kind, Quantized{values.at, scale.at, some_zero, groups}, between(0, 1), bias, outputs, inputs, paired, threads);
 }
 
+// Each query and key/value head in one task, and neighbours together where they see a tile in the same blocks and all fit.
+static void check_tasks(const Paged& paged, int threads) {
+    const Tasks tasks(paged, threads);
+    std::vector<int> times(paged.first_row[paged.num_spans] * paged.num_kv_heads);
+    for (const Task& task : tasks.tasks) {
+        if (task.end <= task.begin || task.end - task.begin > TOGETHER) abort();
+        for (int64_t i = task.begin; i < task.end; i++) {
+            const Piece& piece = tasks.pieces[i];
+            if (i + 1 < task.end && tasks.shared[i] == 0) abort();
+            for (int64_t q = 0; q < piece.count; q++)
+                for (int64_t h = 0; h < task.heads; h++) times[(paged.first_row[piece.span] + piece.first + q) * paged.num_kv_heads + task.head + h]++;
+        }
+    }
+    for (int count : times)
+        if (count != 1) abort();
+    for (size_t i = 0; i + 1 < tasks.pieces.size(); i++) {
+        const Piece &one = tasks.pieces[i], &other = tasks.pieces[i + 1];
+        int64_t both = std::min(paged.start[one.span] + one.first, paged.start[other.span] + other.first) + 1;
+        for (int64_t p = 0; p < both; p++)
+            if (paged.tables[paged.first_block[one.span] + p / paged.block_size] != paged.tables[paged.first_block[other.span] + p / paged.block_size]) both = p;
+        const bool alike = (paged.end[one.span] - paged.start[one.span] == 1) == (paged.end[other.span] - paged.start[other.span] == 1);
+        if (alike && tasks.shared[i] != both / TILE * TILE) abort();
+    }
+}
+
 template <class W>
 static void run(int threads_count) {
     Threads threads(threads_count);
@@ -77,8 +102,11 @@ static void run(int threads_count) {
     std::vector<int64_t> start, end, first_row{0}, tables, first_block{0}, positions, where;
     for (int64_t left = between(1, 4), next = 1; left > 0 && next + 8 < blocks; left--) {
         const int64_t length = between(1, std::min<int64_t>(7 * block, 90)), begin = between(0, 2) ? length - 1 : between(0, length - 1);
+        // Whole blocks before the first position that is written, which the span before does not write either.
+        const int64_t possible = start.empty() || between(0, 1) ? 0 : std::min(begin, start.back()) / block;
+        const int64_t parent = first_block.size() > 1 ? first_block[first_block.size() - 2] : 0;
         start.push_back(begin), end.push_back(length), first_row.push_back(first_row.back() + length - begin);
-        for (int64_t i = 0; i < (length + block - 1) / block; i++) tables.push_back(next++);
+        for (int64_t i = 0; i < (length + block - 1) / block; i++) tables.push_back(i < possible ? tables[parent + i] : next++);
         for (int64_t p = begin; p < length; p++) positions.push_back(p), where.push_back(tables[first_block.back() + p / block] * block + p % block);
         first_block.push_back(tables.size());
     }
@@ -87,6 +115,7 @@ static void run(int threads_count) {
     for (int64_t i = 0; i < rows * hidden; i++) state.at[i] = real();
     for (int64_t i = 0; i < longest * (size / 2); i++) cos.at[i] = std::cos(i), sin.at[i] = std::sin(i);
     const Paged paged{(int64_t)start.size(), block, heads, kv_heads, size, start.data(), end.data(), first_row.data(), tables.data(), first_block.data()};
+    check_tasks(paged, threads_count);
     const Batch batch{rows, state.at, positions.data(), where.data(), cos.at, sin.at, paged};
     std::unique_ptr<Model> model(new Decoder<W>(dimensions, threads));
     const Layer both[2] = {layer, layer};

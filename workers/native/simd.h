@@ -46,10 +46,10 @@ inline Floats load(const float* from) {
 
 inline void store(float* to, Floats v) { memcpy(to, &v, sizeof v); }
 
-// In a register: compilers would read memory once for each use.
+// In a register here and now: compilers would read memory once for each use, or much ahead, for which 16 registers have no room.
 inline Floats held(Floats v) {
-#if RAYLINE_AVX512 || RAYLINE_AVX2
-    asm("" : "+v"(v));
+#if RAYLINE_AVX2
+    asm("" : "+x"(v));
 #endif
     return v;
 }
