@@ -30,8 +30,8 @@ struct Context {
     int64_t heads, size, padded, count, coming;
 };
 
-constexpr int STRIDE = 4;  // positions at a time
-constexpr int AT_ONCE = 6; // rows whose scores are kept meanwhile
+constexpr int STRIDE = 4;   // positions at a time
+constexpr int AT_ONCE = 6;  // rows whose scores are kept meanwhile
 
 template <class KV>
 inline void all_dots(const Context<KV>& context, const float* const* queries, int64_t rows, float* scores) {
@@ -75,8 +75,8 @@ class Attending {
         for (int64_t row = 0; row < rows_; row++)
             for (int64_t d = 0; d < padded_; d += LANES) {
                 float* sums = s_.sums_of[row] + d;
-                const Floats all_of_it = PARAMETERS<KV> == 2 ? load(sums) + s_.kept[row].shift : load(sums);
-                store(sums, all_of_it / s_.kept[row].total);
+                const Floats whole = PARAMETERS<KV> == 2 ? load(sums) + s_.kept[row].shift : load(sums);
+                store(sums, whole / s_.kept[row].total);
             }
     }
 
@@ -154,9 +154,10 @@ class Attending {
         const KV *key_rows[TILE], *value_rows[TILE];
         const float *keys[TILE], *values[TILE];
         const bool there = sizeof(KV) == 4 && padded_ == size;
-        if (!there) std::fill_n(key_tile_, 2 * TILE * padded_, 0.0f);
-        if (!there)
+        if (!there) {
+            std::fill_n(key_tile_, 2 * TILE * padded_, 0.0f);
             for (int t = 0; t < TILE; t++) keys[t] = key_tile_ + t * padded_, values[t] = value_tile_ + t * padded_;
+        }
         for (int64_t first = from; first < to; first += TILE) {
             const int64_t count = std::min<int64_t>(TILE, to - first), coming = std::clamp<int64_t>(to - first - TILE, 0, TILE);
             paged_.locate(span, first, count, width, places);
