@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bench import options
 from cluster.model import open_model
-from compress.distill import copy_tokenizer
+from compress.distill import copy_beside
 
 
 def enlarge(source: Path, out: Path, hidden: int, intermediate: int, layers: int, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -46,7 +46,7 @@ def enlarge(source: Path, out: Path, hidden: int, intermediate: int, layers: int
                 weight[tuple(slice(0, size) for size in old[name].shape)] = old[name] / (factor**0.5 if name in shrunk else 1)
     large.generation_config = small.generation_config
     large.save_pretrained(out)
-    copy_tokenizer(source, out)
+    copy_beside(source, out)
     return int(large.num_parameters())
 
 

@@ -108,15 +108,15 @@ def serve(model: str | None, config_file: str | None, **options: Any) -> None:
     config = resolve(model, config_file, options)
     files = open_model(config.model, config.revision)
     partition(files.shape, Mesh(config.tp, config.pp).seat(0), config.stage_layers)  # can it be divided so? before Ray is started
-    for recipe in (config.quantization, config.draft_quantization):
-        parse_recipe(recipe)
+    parse_recipe(config.quantization).check(files.shape.num_layers)
     from router.tokenizer import load
 
     if config.draft_model is not None:
         from workers.device import resolve_max_model_len
         from workers.speculative.load import open_draft
 
-        open_draft(config, files.shape, resolve_max_model_len(config, files.shape))
+        drafting = open_draft(config, files.shape, resolve_max_model_len(config, files.shape))
+        parse_recipe(config.draft_quantization).check(drafting.shape.num_layers)
     draft = None if config.draft_model is None else _anywhere(config.draft_model)
     config = dataclasses.replace(config, model=_anywhere(config.model), draft_model=draft)
     load(files.path)  # a broken tokenizer is the user's to mend, so it is said here and not by a replica

@@ -124,10 +124,8 @@ def _compressed_tensors(found: dict[str, Any]) -> StoredQuantization:
             raise _Unserved(f"format {format}; served are {', '.join(_LAYOUTS)}")
         if weights is None and inputs:
             raise _Unserved(f"{name} quantizes activations and no weights")
-        targets = _names(group["targets"])
-        for target in targets:
-            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
-        rules.append(Rule(targets, None if weights is None else StoredLinear(_scheme(weights, inputs), _LAYOUTS[format])))
+        stored = None if weights is None else StoredLinear(_scheme(weights, inputs), _LAYOUTS[format])
+        rules.append(Rule(_names(group["targets"]), stored))
     return StoredQuantization("compressed-tensors", tuple(rules), _names(found.get("ignore") or ()))
 
 
@@ -170,6 +168,8 @@ def _dynamic(inputs: dict[str, Any] | None, kind: str) -> bool:
 def _names(value: Sequence[str]) -> tuple[str, ...]:
     if isinstance(value, str) or not all(isinstance(name, str) for name in value):
         raise ValueError(f"{value!r} is no list of names")
+    for name in value:
+        re.compile(name.removeprefix("re:") if name.startswith("re:") else "")
     return tuple(value)
 
 

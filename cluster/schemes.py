@@ -13,6 +13,12 @@ Granularity = Literal["tensor", "channel", "group"]
 
 CASTS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Names of precisions that are no quantization, as dtypes."""
+HEAD = "lm_head"
+LINEARS = (
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+)
+"""Of each layer."""
 _WORDS = r"(?P<base>int4|int8|fp8)(?P<asym>-asym)?(?:-(?:g(?P<group>[1-9]\d*)|(?P<tensor>tensor)))?(?P<dynamic>-dynamic)?"
 _NAMES = "int8, int4, fp8, with -asym, -g128 (or -tensor) and -dynamic behind, or fp32, fp16, bf16"
 
@@ -58,6 +64,11 @@ class Scheme:
         return self.bits + (16 + (0 if self.symmetric else self.bits)) / self.group_size
 
 
+def linear_names(num_layers: int) -> list[str]:
+    """Of a model's linears as they are in checkpoints, the lm_head's last."""
+    return [f"model.layers.{number}.{name}" for number in range(num_layers) for name in LINEARS] + [HEAD]
+
+
 Precision = Scheme | str
 """A scheme, or a dtype: a key of CASTS."""
 
@@ -98,6 +109,13 @@ class Recipe:
     def of(self, name: str) -> Precision | None:
         """The precision of a linear ("model.layers.3.mlp.down_proj", "lm_head")."""
         return next((precision for pattern, precision in self.rules if _matches(pattern, name)), None)
+
+    def check(self, num_layers: int) -> None:
+        """ConfigError for a pattern that means no linear of a model of so many layers: it is misspelt, most likely."""
+        names = linear_names(num_layers)
+        for pattern, _ in self.rules:
+            if not any(_matches(pattern, name) for name in names):
+                raise ConfigError(f"'{pattern}' means no linear of a model of {num_layers} layers")
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:

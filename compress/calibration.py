@@ -2,6 +2,7 @@
 disk."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,7 +61,9 @@ class HiddenStates:
         self._folder, self._shape = folder, (*rows.shape, hidden)
 
     def create(self, layer: int) -> Tensor:
-        """Room for what goes into a layer."""
+        """Room for what goes into a layer. Raises OSError where the disk has none."""
+        with self._file(layer).open("ab") as file:  # else a full disk would kill whoever writes into the mapping
+            os.posix_fallocate(file.fileno(), 0, 4 * math.prod(self._shape))
         return self._mapped(layer)
 
     def read(self, layer: int) -> Tensor:

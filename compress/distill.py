@@ -22,6 +22,7 @@ from cluster.protocol import SamplingParams
 from cluster.shape import ModelShape
 from compress.acceptance import K, figures_of, measure
 from compress.corpus import GOLDEN
+from compress.divergence import divergence
 from compress.training import Plan, Trainer
 from router.tokenizer import load
 
@@ -29,7 +30,18 @@ CHECKPOINT, SAMPLES = "checkpoint.pt", "samples.pt"
 HELD_OUT = 0.03
 """Share of the text that is kept for the measurement."""
 _PREFIX, _CONTINUATION = 32, 224
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_BESIDE = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+"""What a model made from another has from it: the tokenizer, and how it wants to be sampled."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,7 @@ def against(teacher: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
         with torch.no_grad():
             wanted = teacher(input_ids=batch[:, :-1], use_cache=False).logits.float().log_softmax(-1)
         told = student(input_ids=batch[:, :-1], use_cache=False).logits.float().log_softmax(-1)
-        return nn.functional.kl_div(told, wanted, log_target=True, reduction="none").sum(-1).mean()
+        return divergence(wanted, told).mean()
 
     return loss
 
@@ -220,11 +232,11 @@ def export(student: PreTrainedModel, files: ModelFiles, out: Path) -> None:
     shipped = Qwen3ForCausalLM(student.config).to(torch.bfloat16)
     shipped.load_state_dict(student.state_dict())
     shipped.save_pretrained(out)
-    copy_tokenizer(files.path, out)
+    copy_beside(files.path, out)
 
 
-def copy_tokenizer(model: Path, out: Path) -> None:
-    """Those of its files that are there."""
-    for name in _TOKENIZER:
+def copy_beside(model: Path, out: Path) -> None:
+    """What of the model's files is neither weights nor config.json: those that are there."""
+    for name in _BESIDE:
         if (model / name).exists():
             shutil.copyfile(model / name, out / name)

@@ -18,12 +18,15 @@ from tqdm import tqdm
 from cluster.config import Config, ConfigError, Dtype
 from cluster.model import ModelFiles, open_model
 from cluster.protocol import NewSequence, SamplingParams
+from compress.divergence import divergence
 from compress.layers import num_parameters
 from workers.draws import DrawSetup
 from workers.runner import ModelRunner, load_runner
 from workers.sequences import SequenceState, Span
 
 _RESAMPLES = 2000
+_MOST = 709
+"""Nats, of which exp is a float."""
 _ROWS = 256
 """Positions whose logits are there at once."""
 
@@ -147,7 +150,7 @@ def size_of(folder: Path) -> int:
 @torch.inference_mode()
 def _score(runners: Sequence[ModelRunner], ids: NDArray[np.int64]) -> tuple[float, float, float, int]:
     """ids [length]. Sums over all positions but the last: nats of the first model and of the last, KL(last || first), agreement."""
-    nats, base_nats, divergence, agreement = 0.0, 0.0, 0.0, 0
+    nats, base_nats, lost, agreement = 0.0, 0.0, 0.0, 0
     hidden = [torch.split(_hidden(runner, ids), _ROWS) for runner in runners]
     for number, targets in enumerate(torch.split(torch.from_numpy(ids[1:, None]), _ROWS)):
         told = [_log_probs(runner, parts[number]) for runner, parts in zip(runners, hidden, strict=True)]
@@ -155,9 +158,9 @@ def _score(runners: Sequence[ModelRunner], ids: NDArray[np.int64]) -> tuple[floa
         nats -= float(first.gather(1, targets).sum(dtype=torch.float64))
         base_nats -= float(last.gather(1, targets).sum(dtype=torch.float64))
         if len(told) > 1:
-            divergence += float((last.exp() * (last - first)).sum(dtype=torch.float64))
+            lost += float(divergence(last, first).sum(dtype=torch.float64))
             agreement += int((first.argmax(1) == last.argmax(1)).sum())
-    return nats, base_nats, divergence, agreement
+    return nats, base_nats, lost, agreement
 
 
 def _hidden(runner: ModelRunner, ids: NDArray[np.int64]) -> Tensor:
@@ -199,4 +202,4 @@ def _interval(value: float, resampled: NDArray[np.float64]) -> Figure:
 
 
 def _exp(figure: Figure) -> Figure:
-    return Figure(math.exp(figure.value), math.exp(figure.low), math.exp(figure.high))
+    return Figure(*(math.exp(x) if x < _MOST else math.inf for x in (figure.value, figure.low, figure.high)))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.model import ModelFiles
+from cluster.schemes import HEAD, linear_names
 from cluster.shape import ModelShape
 from kv.pool import KVPool
 from parallel.groups import SOLO_GROUP
@@ -22,7 +23,7 @@ from workers.decoder import DecoderLayer, TokenBatch, TorchLayers
 from workers.quantization.stored import read_linear
 from workers.rope import Rope
 
-EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens", "model.norm", "lm_head"
+EMBEDDING, FINAL_NORM = "model.embed_tokens", "model.norm"
 STAGES = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -60,7 +61,7 @@ def linears_of(shape: ModelShape) -> dict[str, LinearShape]:
 
 def all_linears(shape: ModelShape) -> list[str]:
     """Full names, the lm_head's last, though it may be tied."""
-    return [f"model.layers.{number}.{name}" for number in range(shape.num_layers) for name in linears_of(shape)] + [HEAD]
+    return linear_names(shape.num_layers)
 
 
 def num_parameters(shape: ModelShape) -> int:

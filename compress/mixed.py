@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from cluster.model import ModelFiles
 from cluster.schemes import Precision, Recipe, Scheme
+from compress.divergence import divergence
 from compress.simulated import linears, load
 from workers.device import torch_dtype
 from workers.quantization.weight import quantize
@@ -90,7 +91,7 @@ def sensitivities(model: PreTrainedModel, windows: Tensor, precisions: Sequence[
             told = _log_probabilities(model, windows)
             for name in names:
                 modules[name].weight.data = kept[name]
-            options.append(Option(precision, count * precision.bits_per_weight / 8, kl(wanted, told)))
+            options.append(Option(precision, count * precision.bits_per_weight / 8, float(divergence(wanted, told).mean())))
         units.append(Unit(tuple(names), tuple(options)))
     return units
 
@@ -114,11 +115,6 @@ def assign(units: Sequence[Unit], *, largest: float | None = None, most_loss: fl
     if largest is not None and size > largest:
         raise ValueError(f"the linears take {size:.0f} bytes at least, but may take {largest:.0f}")
     return _recipe(units, [hull[i] for hull, i in zip(hulls, at, strict=True)]), size, loss
-
-
-def kl(wanted: Tensor, told: Tensor) -> float:
-    """KL(wanted || told) in nats, the mean over log-probabilities [..., vocab]."""
-    return float(torch.nn.functional.kl_div(told, wanted, log_target=True, reduction="none").sum(-1).mean())
 
 
 def _hull(options: Sequence[Option]) -> list[Option]:

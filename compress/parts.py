@@ -26,17 +26,23 @@ class Parts:
     def __init__(self, out: Path, settings: dict[str, Any], *, resume: bool) -> None:
         """settings: what parts depend on. Raises ConfigError where there is something that must not be lost, or that was begun with
         other settings."""
-        self.out, self.folder = out, out.with_name(out.name + ".partial")
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"{out} exists already")
-        told = self.folder / _SETTINGS
+        refuse_taken(out)
+        self.out, self.folder = out, _beside(out)
         if self.folder.exists() and not resume:
             if self.finished:
                 raise ConfigError(f"{self.folder} is there from before: go on with --resume, or remove it")
             shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.settle(_SETTINGS, settings)
+
+    def settle(self, name: str, settings: dict[str, Any]) -> None:
+        """Write down, in a file of this name, what is made from here on depends on. Raises ConfigError where it was begun with
+        other settings."""
+        told = self.folder / name
         if not told.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            told.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            new = told.with_suffix(".new")
+            new.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            new.replace(told)
             return
         before = json.loads(told.read_text(encoding="utf-8"))
         changed = sorted(name for name in settings.keys() | before.keys() if settings.get(name) != before.get(name))
@@ -110,6 +116,21 @@ class Parts:
 
     def _part(self, number: int) -> Path:
         return self.folder / f"part-{number:05d}.safetensors"
+
+
+def refuse_taken(out: Path) -> None:
+    """ConfigError where the directory `out`, or that of its parts, holds something of somebody else's."""
+    if not out.name:
+        raise ConfigError(f"{out} is no name for a new directory")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists already")
+    folder = _beside(out)
+    if folder.exists() and not (folder / _SETTINGS).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists already and holds no unfinished model: its place is needed")
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
 
 
 def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:

@@ -17,9 +17,9 @@ from cluster.schemes import Recipe, parse_precision
 from compress.calibration import calibration_text, held_out_text, rows_of
 from compress.evaluate import Evaluation, evaluate
 from compress.mixed import DEFAULT, search
-from compress.parts import Parts
+from compress.parts import Parts, refuse_taken
 from compress.qat import Tuning, tune
-from compress.quantize import Plan, quantize
+from compress.quantize import Plan, digest, quantize, refuse_quantized
 
 MAX_LOSS = 0.1
 """Nats per token of KL(base || model) that are taken for a model that is broken."""
@@ -56,6 +56,9 @@ def make(
     tensors, else for max_loss. tuning: training after calibration, on more of the text. max_loss: a model further from the base is
     refused, unless `force`. Raises ConfigError; what was made by then can be gone on with by `resume`.
     """
+    refuse_taken(out)  # before the long search
+    if not plan.recipe.rules:
+        refuse_quantized(files)
     length = min(context, files.shape.max_position_embeddings)
     kept = MEASURED if text and not held_out else 0
     more = 0 if tuning is None else MOST_ROWS
@@ -99,7 +102,9 @@ def _searched(files: ModelFiles, rows: Tensor, target_bytes: int | None, max_los
 
 
 def _tune(files: ModelFiles, parts: Parts, tuning: Tuning, rows: Tensor, *, resume: bool) -> None:
-    """Put the tuned model in the place of the calibrated one. What was tuned before is taken."""
+    """Put the tuned model in the place of the calibrated one. What was tuned before, by the same settings, is taken."""
+    settings = asdict(tuning) | {"text": digest(rows)}
+    parts.settle("tuning.json", {f"training {name}": value for name, value in settings.items()})
     tuned, made = parts.folder / "tuned", parts.folder / "tuning"
     if not tuned.exists():
         shutil.rmtree(made, ignore_errors=True)

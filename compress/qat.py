@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cluster.model import ModelFiles, open_model
-from compress.distill import Mixture, against, copy_tokenizer
+from compress.distill import Mixture, against, copy_beside
 from compress.parts import write_tensors
 from compress.simulated import Trained, load, simulate
 from compress.training import Plan, Trainer
@@ -67,10 +67,8 @@ def control(files: ModelFiles, calibrated: ModelFiles, plan: Tuning, rows: Tenso
     train(files, trained, plan, rows, None)
     out.mkdir(parents=True)
     write_tensors(trained.expanded(), out / "model.safetensors")
-    for name in ("config.json", "generation_config.json"):
-        if (files.path / name).exists():
-            shutil.copyfile(files.path / name, out / name)
-    copy_tokenizer(files.path, out)
+    shutil.copyfile(files.path / "config.json", out / "config.json")
+    copy_beside(files.path, out)
     return open_model(str(out))
 
 

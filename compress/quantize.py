@@ -7,7 +7,6 @@ the linears inside a layer.
 
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ from tqdm import tqdm
 
 from cluster.config import ConfigError
 from cluster.model import ModelFiles
-from cluster.schemes import CASTS, Precision, Recipe, Scheme
+from cluster.schemes import CASTS, HEAD, Precision, Recipe, Scheme
 from compress.calibration import HiddenStates
+from compress.distill import copy_beside
 from compress.gptq import Hessian, gptq, round_to_nearest
-from compress.layers import EMBEDDING, FINAL_NORM, HEAD, STAGES, LayerRun, Weights, all_linears, linears_of
+from compress.layers import EMBEDDING, FINAL_NORM, STAGES, LayerRun, Weights, all_linears, linears_of
 from compress.parts import Parts
 from workers.decoder import rms_norm
 from workers.device import torch_dtype
@@ -33,17 +33,6 @@ from workers.quantization.written import config_of, tensors_of
 Method = Literal["rtn", "gptq"]
 _TOKENS = 4096
 """That run through a layer at once."""
-_COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 @dataclass(frozen=True)
@@ -94,21 +83,20 @@ def quantize(files: ModelFiles, plan: Plan, rows: Tensor, out: Path, *, resume: 
         work.weights.finish()
     parts.assemble(count)
     _write_config(files, plan, assigned, parts.model)
-    for name in _COPIED:
-        if (files.path / name).exists():
-            shutil.copyfile(files.path / name, parts.model / name)
+    copy_beside(files.path, parts.model)
     return parts
 
 
 def assign(files: ModelFiles, plan: Plan) -> dict[str, Precision | None]:
     """The precision of each linear; None: as it is. A tied head is as the embedding is. Raises ConfigError for what cannot be."""
+    plan.recipe.check(files.shape.num_layers)
     assigned = {name: plan.recipe.of(name) for name in all_linears(files.shape)}
     if files.shape.tied_embeddings:
         if isinstance(assigned[HEAD], Scheme) and any(pattern == HEAD for pattern, _ in plan.recipe.rules):
             raise ConfigError("the lm_head is the embedding in this model, and cannot be quantized apart from it")
         assigned[HEAD] = None
-    if files.quantization is not None and any(isinstance(precision, Scheme) for precision in assigned.values()):
-        raise ConfigError(f"{files.path} is quantized already; cast it first (--scheme bf16)")
+    if any(isinstance(precision, Scheme) for precision in assigned.values()):
+        refuse_quantized(files)
     linears = linears_of(files.shape)
     for name, precision in assigned.items():
         inputs = files.shape.hidden_size if name == HEAD else linears[name.split(".", 3)[3]].inputs
@@ -117,6 +105,12 @@ def assign(files: ModelFiles, plan: Plan) -> dict[str, Precision | None]:
     if all(precision is None for precision in assigned.values()):
         raise ConfigError(f"'{plan.recipe}' means no linear of this model")
     return assigned
+
+
+def refuse_quantized(files: ModelFiles) -> None:
+    """ConfigError where the model is quantized."""
+    if files.quantization is not None:
+        raise ConfigError(f"{files.path} is quantized already; cast it first (--scheme bf16)")
 
 
 def _units(files: ModelFiles, assigned: dict[str, Precision | None]) -> Iterator[tuple[int, str]]:
@@ -133,9 +127,14 @@ def _settings(files: ModelFiles, plan: Plan, rows: Tensor) -> dict[str, Any]:
         "scheme": str(plan.recipe),
         "method": plan.method,
         "range": plan.ranging,
-        "text": hashlib.sha256(rows.numpy().tobytes()).hexdigest(),
+        "text": digest(rows),
         "samples": list(rows.shape),
     }
+
+
+def digest(rows: Tensor) -> str:
+    """Of token ids [n, length]: others have another."""
+    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)

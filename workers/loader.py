@@ -19,6 +19,7 @@ from parallel.vocabulary import Embedding, LogitsHead
 from workers.checkpoint import Checkpoint
 from workers.decoder import Decoder, DecoderLayer
 from workers.kernels import Kernels, MakeLinear
+from workers.quantization.weight import QuantizedWeight
 from workers.rope import Rope
 from workers.weights import LinearWeights, Weight
 
@@ -43,6 +44,7 @@ def load_decoder(
     progress: show a bar on stderr.
     """
     shape = files.shape
+    recipe.check(shape.num_layers)
     with tqdm(total=len(part.layers) + 2, desc="loading weights", file=sys.stderr, disable=not progress, leave=False) as bar:
         weights = LinearWeights(Checkpoint(files.path), files.quantization, recipe, dtype, device)
         loader = _Loader(weights, shape, part, peers, kernels)
@@ -137,7 +139,8 @@ class _Loader:
         """The same of the lm_head, which may be quantized."""
         shape = self.shape
         if not shape.tied_embeddings:
-            return self.weights.read(_HEAD, shape.vocab_size, shape.hidden_size, rows=self.part.own_vocab).to(self.weights.device)
+            head = self.weights.read(_HEAD, shape.vocab_size, shape.hidden_size, rows=self.part.own_vocab)
+            return self.weights.together([head], _HEAD) if isinstance(head, QuantizedWeight) else head.to(self.weights.device)
         self.weights.checkpoint.ignore(f"{_HEAD}.weight")
         assert embedding is not None
         return self.weights.tied(_HEAD, embedding)

@@ -62,7 +62,7 @@ class LinearWeights:
             raise ConfigError(
                 f"{name} is the embedding, of which ranks have parts: it can't be {precision}, only with finer scales"
             )
-        return _quantize(rows, precision, name)
+        return self.together([_quantize(rows, precision, name)], name)
 
     def bias(self, name: str, size: int, rows: range | None = None) -> Tensor:
         """[this rank's outputs] of the linear `name`."""

@@ -171,3 +171,11 @@ def test_open_model_tells_of_it(tmp_path: Path) -> None:
     quantization = open_model(str(tmp_path), weights=False).quantization
     assert quantization is not None
     assert quantization.method == "awq"
+
+
+def test_expressions_that_are_none_are_refused() -> None:
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8}}
+    for changes in ({"ignore": ["re:("]}, {"config_groups": {"group_0": group | {"targets": ["re:("]}}}):
+        found = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}} | changes
+        with pytest.raises(ConfigError, match=r"a value that can't be used: missing \)"):
+            parse_quantization({"quantization_config": found}, "here")

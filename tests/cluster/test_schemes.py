@@ -64,6 +64,13 @@ def test_a_precision_alone_leaves_the_head() -> None:
     assert parse_recipe("layers.mlp: int8").of("model.layers.3.self_attn.q_proj") is None
 
 
+@pytest.mark.parametrize("pattern", ["donw_proj", "layers.4", "layers.3-2.mlp", "layers.mpl"])
+def test_a_pattern_that_means_nothing_is_refused(pattern: str) -> None:
+    parse_recipe("lm_head: bf16, layers.3: int8, layers.2-9.mlp: fp8, o_proj: int4, rest: int8").check(4)
+    with pytest.raises(ConfigError, match=f"'{pattern}' means no linear of a model of 4 layers"):
+        parse_recipe(f"{pattern}: int8, rest: int4").check(4)
+
+
 @pytest.mark.parametrize("text", ["lm_head bf16: x", "layers.1-: int8", "rest: int3", "rest", "a: int8,", "layers.x-2: int8"])
 def test_what_is_no_recipe_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):

@@ -99,6 +99,10 @@ def test_intervals_of_ratios_hold_the_ratio_as_often_as_they_say() -> None:
     assert 0.88 < np.mean(held) < 0.98
 
 
+def test_a_perplexity_beyond_all_floats_is_infinite() -> None:
+    assert math.isinf(module._exp(module.Figure(800.0, 3.0, 900.0)).value)
+
+
 def test_what_cannot_be_compared_is_said(models: tuple[TinyModel, TinyModel], tmp_path: Path) -> None:
     other = make_model(tmp_path / "other", "llama", vocab_size=99)
     with pytest.raises(ConfigError, match="vocabularies"):

@@ -5,6 +5,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from compress.quantize import Plan
 from tests.workers.models import KINDS, VOCAB, TinyModel, make_model, prompt
 from workers.checkpoint import Checkpoint
 from workers.decoder import rms_norm
+from workers.quantization.weight import quantize as quantized
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -322,6 +324,18 @@ def test_a_tied_head_stays_with_the_embedding(tmp_path: Path) -> None:
         quantize.quantize(files, plan("rest: int8"), ROWS, tmp_path / "out")
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_is_not_ours_is_left_alone(tiny: TinyModel, tmp_path: Path, resume: bool) -> None:
+    other = tmp_path / "out.partial" / "thesis.txt"
+    other.parent.mkdir()
+    other.write_text("mine")
+    with pytest.raises(ConfigError, match=r"out.partial exists already and holds no unfinished model"):
+        quantize.quantize(open_model(str(tiny.path)), plan("int8"), ROWS, tmp_path / "out", resume=resume)
+    assert other.read_text() == "mine"
+    with pytest.raises(ConfigError, match="no name for a new directory"):
+        quantize.quantize(open_model(str(tiny.path)), plan("int8"), ROWS, Path())
+
+
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -354,8 +368,17 @@ def test_the_command_line(speaking: ModelFiles, tmp_path: Path) -> None:
     small = ["--text", text, "--context", "16"]
     done = CliRunner().invoke(cli, ["quantize", str(speaking.path), out, "--scheme", "int8", *small], catch_exceptions=False)
     assert "nats per token from the base" in done.output
-    wrong = CliRunner().invoke(cli, ["quantize", str(speaking.path), out, "--scheme", "int5"])
-    assert isinstance(wrong.exception, ConfigError)
+    for changes in (["--scheme", "int5"], ["--scheme", "donw_proj: int4, rest: int8"]):
+        wrong = CliRunner().invoke(cli, ["quantize", str(speaking.path), f"{out}-wrong", *changes, *small])
+        assert isinstance(wrong.exception, ConfigError)
+    again = CliRunner().invoke(cli, ["quantize", out, f"{out}-mixed", "--scheme", "mixed", *small])
+    assert isinstance(again.exception, ConfigError)
+    assert "quantized already" in str(again.exception)
+    percentile = ["--scheme", "int8", "--range", "percentile", *small]
+    CliRunner().invoke(cli, ["quantize", str(speaking.path), f"{out}-percentile", *percentile], catch_exceptions=False)
+    expected = quantized(Weights(speaking).layer(0)["mlp.down_proj.weight"], scheme("int8"), "percentile")
+    found = contents(Path(f"{out}-percentile"))["model.layers.0.mlp.down_proj.weight_scale"]
+    assert torch.equal(found, expected.scale.to(found.dtype))
     told = CliRunner().invoke(cli, ["eval", out, "--against", str(speaking.path), "--json", *small], catch_exceptions=False)
     assert json.loads(told.output)["agreement"]["value"] > 0.8
     against = ["eval", out, "--against", str(speaking.path), "--than", out, *small]
@@ -395,6 +418,9 @@ def test_training_comes_after_calibration(speaking: ModelFiles, tmp_path: Path, 
     tuning = Tuning(steps=8, batch_tokens=128, micro_tokens=128, context=15, matrix_rate=3e-3)
     with pytest.raises(ConfigError, match="--resume --force takes it"):
         make(speaking, plan("int4-g6"), tmp_path / "tuned", **settings, tuning=tuning, max_loss=1e-9)
+    longer = replace(tuning, steps=9)
+    with pytest.raises(ConfigError, match="begun with other settings: training steps"):
+        make(speaking, plan("int4-g6"), tmp_path / "tuned", **settings, tuning=longer, max_loss=9.0, resume=True)
     monkeypatch.setattr(posttraining, "tune", None)  # what was trained is taken
     after = make(speaking, plan("int4-g6"), tmp_path / "tuned", **settings, tuning=tuning, max_loss=1e-9, resume=True, force=True)
     assert before is not None

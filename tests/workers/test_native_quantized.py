@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.config import ConfigError
 from cluster.schemes import Scheme, parse_precision
 from tests.workers.builds import built_for
 from workers.native.library import Library, PackedQuantized, PackedQuantizedPart, Threads
@@ -107,8 +108,10 @@ def test_zeros_are_zeros_and_other_groups_are_refused(library: Library) -> None:
     for name in (*WEIGHT_ONLY, *DYNAMIC):
         linear = PackedQuantized(quantized(name, 24, 9), None, threads)
         assert torch.equal(linear(torch.zeros(3, 24)), torch.zeros(3, 9))
-    with pytest.raises(ValueError, match="groups of 4 inputs: the native kernels take multiples of 8"):
+    with pytest.raises(ConfigError, match="groups of 4 inputs: the native kernels take multiples of 8"):
         PackedQuantized(quantized("int8-g4", 24, 9), None, threads)
+    with pytest.raises(ConfigError, match="65544 inputs: the native kernels take up to 65536"):
+        PackedQuantized(quantized("int8", 65_544, 1), None, threads)
 
 
 @pytest.mark.parametrize("name", ["int8-dynamic", "int4-g24-dynamic", "fp8-dynamic"])

@@ -162,3 +162,15 @@ def test_casts_round_once(models: dict[str, TinyModel]) -> None:
 
 def _rounded(weight: Tensor) -> Tensor:
     return weight.to(torch.bfloat16).float()
+
+
+def test_a_head_in_groups_too_small_for_the_kernels_is_expanded(models: dict[str, TinyModel]) -> None:
+    for kind in ("qwen3", "qwen3-tied-bias"):
+        model, words = models[kind], "lm_head: int4-g4"
+        oracle = TinyModel(model.path, expanded(model, parse_recipe(words)))
+        assert generate(model.runner(quantization=words), prompt(21), 8, greedy()) == oracle.oracle_greedy(prompt(21), 8)
+
+
+def test_what_means_no_linear_is_refused(models: dict[str, TinyModel]) -> None:
+    with pytest.raises(ConfigError, match="'donw_proj' means no linear"):
+        models["qwen3"].runner(quantization="donw_proj: int8, rest: int4")

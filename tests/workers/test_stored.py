@@ -223,6 +223,14 @@ def test_odd_tensors_are_named(tmp_path: Path, changes: dict[str, Tensor | None]
     assert "\n" not in str(raised.value)
 
 
+def test_fp8_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    tensors = tensors_of(NAME, quantize(WEIGHT, scheme("fp8")))
+    tensors[f"{NAME}.weight"].view(torch.uint8)[3, 5] = 0xFF
+    checkpoint, quantization = opened(tmp_path, tensors, config_of({NAME: scheme("fp8")}))
+    with pytest.raises(ConfigError, match="its weights are not all numbers"):
+        read_linear(checkpoint, quantization, NAME, OUT, IN)
+
+
 def test_a_shape_that_config_json_does_not_know_is_named(tmp_path: Path) -> None:
     tensors = tensors_of(NAME, GROUPED) | {f"{NAME}.weight_shape": torch.tensor([OUT, IN - 1])}
     checkpoint, quantization = opened(tmp_path, tensors, config_of({NAME: GROUPED.scheme}))

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.config import ConfigError
 from workers.native.build import OWN_CPU, BuildError, build
 from workers.quantization.activations import Exchange, Ranges, scaled
 from workers.quantization.weight import FP8, QuantizedWeight
@@ -247,14 +248,14 @@ class PackedQuantized(Packed):
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None, threads: Threads, *, paired: bool = False) -> None:
-        """Arguments as of PackedLinear. Raises ValueError where groups are not of a multiple of 8 inputs, or inputs too many."""
+        """Arguments as of PackedLinear. Raises ConfigError where groups are not of a multiple of 8 inputs, or inputs too many."""
         super().__init__(threads)
         self.out_features, self.in_features = weight.shape
         groups = weight.scale.shape[1]
         if groups > 1 and weight.group_size % _UNIT:
-            raise ValueError(f"groups of {weight.group_size} inputs: the native kernels take multiples of {_UNIT}")
+            raise ConfigError(f"groups of {weight.group_size} inputs: the native kernels take multiples of {_UNIT}")
         if self.in_features > _MOST_INPUTS:
-            raise ValueError(f"{self.in_features} inputs: the native kernels take up to {_MOST_INPUTS} of quantized weights")
+            raise ConfigError(f"{self.in_features} inputs: the native kernels take up to {_MOST_INPUTS} of quantized weights")
         scheme = weight.scheme
         values, scale = weight.values.contiguous(), weight.scale.float().contiguous()
         zero = None if weight.zero_point is None else weight.zero_point.contiguous()

@@ -112,6 +112,8 @@ class _Read:
 def _plain(part: _Part) -> _Read:
     dtype = FP8 if part.stored.scheme.kind == "float" else torch.int8
     values = part.take("weight", dtype, part.outputs, part.inputs, rows=part.rows, columns=part.columns)
+    if dtype == FP8 and ((values.view(torch.uint8) & 0x7F) == 0x7F).any():  # kernels would take it for a number
+        raise part.wrong("its weights are not all numbers")
     return _Read(values.contiguous(), _scale(part), _zero_point(part))
 
 
