@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bench import options
+from bench.native import native_threads
 from bench.report import Cell, Report, command_line
 from cluster.schemes import Scheme, parse_precision
-from workers.native.library import PackedLinear, PackedQuantized, Threads, library
+from workers.native.library import PackedLinear, PackedQuantized, Threads
 from workers.quantization.weight import quantize
 
 SHAPES = {"qkv": (4096, 1024), "output": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)}
@@ -56,11 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=options.positive, default=2)
     parser.add_argument("--repetitions", type=options.positive, default=9)
     arguments = parser.parse_args(argv)
-    built = library()
-    if built is None:
-        parser.error("the native kernels cannot be built here")
-    torch.set_num_threads(arguments.threads)
-    threads = Threads(built, arguments.threads)
+    threads = native_threads(parser, arguments.threads)
     sides = {side: layers(side, threads) for side in ("torch", "fp32", "bf16", *arguments.schemes)}
     report, rows, ratios = Report("quantized", command_line(argv)), [], []
     for count in arguments.rows:

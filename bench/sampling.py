@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from bench import options
+from bench.native import native_threads
 from bench.report import Report, command_line
 from cluster.protocol import NewSequence, SamplingParams
 from workers.draws import DrawSetup
-from workers.native.library import Threads, library
 from workers.native.picker import NativePicker
 from workers.picker import Picker, TorchPicker
 from workers.sequences import SequenceState, Span
@@ -47,11 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=options.positive, default=2)
     parser.add_argument("--repetitions", type=options.positive, default=20)
     arguments = parser.parse_args(argv)
-    built = library()
-    if built is None:
-        parser.error("the native kernels cannot be built here")
-    torch.set_num_threads(arguments.threads)
-    threads = Threads(built, arguments.threads)
+    threads = native_threads(parser, arguments.threads)
     sides: dict[str, Picker] = {
         "native": NativePicker(arguments.vocab, threads),
         "torch": TorchPicker(arguments.vocab, torch.device("cpu")),
