@@ -28,7 +28,7 @@ from cluster.model import open_model
 from cluster.offline import LLM
 from cluster.protocol import SamplingParams
 from compress.corpus import collect, standard_library
-from compress.distill import copy_tokenizer
+from compress.distill import copy_beside
 
 PREFIX = 64
 SIDES = ("off", "adaptive", "always K")
@@ -73,7 +73,7 @@ def write_random(model: str, out: Path) -> Path:
     source = open_model(model).path
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), dtype=torch.bfloat16).save_pretrained(out)
-    copy_tokenizer(source, out)
+    copy_beside(source, out)
     return out
 
 
