@@ -19,6 +19,7 @@ _GAIN = 1.02
 _SHARE = 0.01
 """Of the time of all iterations, what tries may take."""
 _SAVED_TRIES = 4.0
+_REFUND = 0.5
 _EVIDENCE = 8.0
 """Tokens verified before anything is known of the drafter. Until then a single sequence has some proposed."""
 _PAUSE = 16
@@ -151,8 +152,8 @@ class Speculation:
         self._idle = 0
         known.observe(proposed, stood)
         self._usual.observe(proposed, stood)
-        if known.on_trial and self._target.known:  # a try that brings something costs less
-            self._purse_s += stood * self._target.seconds(self._decodes) / self._decodes
+        if known.on_trial and self._target.known:  # a try that brings something costs less, but never nothing
+            self._purse_s += min(_REFUND * self._price_s, stood * self._target.seconds(self._decodes) / self._decodes)
         known.on_trial = False
 
     def _may_try(self, sequence: Sequence, reading_s: float) -> bool:
