@@ -35,7 +35,7 @@ class StepCost:
         self._xy = self._xy * _FADE + tokens * seconds
         self._learn()
 
-    def seconds(self, tokens: int) -> float:
+    def seconds(self, tokens: float) -> float:
         """How long an iteration of so many tokens takes in a stage; infinite as long as too few were seen."""
         if self._weight < 10.0 or self._y <= 0.0:
             return math.inf

@@ -65,16 +65,16 @@ class PassCost:
 
     @property
     def known(self) -> bool:
-        """Whether any pass was seen."""
-        return bool(self._sizes)
+        """Whether there is a pass or a line to go by."""
+        return self.seconds(1) < math.inf
 
     def seconds(self, tokens: float) -> float:
-        """Of a pass of so many tokens; infinite as long as none was seen."""
+        """Of a pass of so many tokens; as long as none was seen what `line` says, which is infinite at first."""
         if self._knots is None:
             self._knots = self._learn()
         sizes, seconds = self._knots
         if not sizes:
-            return math.inf
+            return self._line.seconds(tokens)
         above = bisect.bisect_left(sizes, tokens)
         if above == len(sizes) or (above == 0 and tokens < sizes[0]):
             nearest, fixed = min(above, len(sizes) - 1), self._line.fixed_tokens

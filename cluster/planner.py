@@ -163,6 +163,8 @@ class Planner:
         if blocks is None and (proposals or propose):
             proposals, propose = (), 0
             blocks = self.kv.allocate(sequence.seq, end)
+        if self.config.speculative_tokens:
+            self.speculation.settled(sequence, verify=len(proposals), propose=propose)
         while blocks is None and self._set.make_room(sequence):
             blocks = self.kv.allocate(sequence.seq, end)
         if blocks is None:

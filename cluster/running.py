@@ -186,7 +186,8 @@ class RunningSet:
     def preempt(self, victim: Sequence) -> None:
         """Its place and its blocks are wanted for others."""
         self._give_back(victim)
-        victim.num_computed, victim.proposed, victim.speculated.read = 0, [], 0
+        victim.num_computed, victim.proposed = 0, []
+        victim.speculated.read, victim.speculated.trying = 0, False
         self.counters.preemptions += 1
         if isinstance(victim, Beam) and victim.drawn is not None:
             return  # there is nothing to compute before its group's next round

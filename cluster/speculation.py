@@ -21,7 +21,9 @@ _SHARE = 0.01
 _SAVED_TRIES = 4.0
 _REFUND = 0.5
 _EVIDENCE = 8.0
-"""Tokens verified before anything is known of the drafter. Until then a single sequence has some proposed."""
+"""Tokens verified before anything is known of the drafter. Until then a single sequence has some proposed ..."""
+_FREE_TRIES = 64
+"""... but not more often than that for nothing: where choices end at once, nothing is ever verified."""
 _PAUSE = 16
 """Tokens for which others try, where nothing could be proposed for a sequence."""
 _NEWS = 32
@@ -65,6 +67,7 @@ class Speculation:
         """What tries may take now, and what one takes at least."""
         self._tried = False
         """Somebody tries in this plan."""
+        self._free_tries = _FREE_TRIES
         self._idle = 0
         """How many of _IDLE are left; none when something has been verified, as rates change with that only."""
 
@@ -80,19 +83,24 @@ class Speculation:
         self._decodes = max(1, decodes)
         coming: Counter[tuple[float, int]] = Counter()
         there: Counter[tuple[float, int]] = Counter()
+        unread: list[int] = []
         for sequence in running:
             if sequence.schedulable > 1:
                 continue
             level = self._level(sequence)
-            coming[level, self._most(sequence)] += 1
+            most = self._most(sequence)
+            coming[level, most] += 1
+            if most:
+                unread.append(sequence.num_tokens - sequence.speculated.read)
             if sequence.proposed:
                 there[level, len(sequence.proposed)] += 1
-        self._for_next = self._best(coming, drafting=self._draft.known)
-        self._for_this = self._best(there, drafting=False) if there else _Choice()
+        self._for_next = self._best(coming, self._config.shares, drafting=self._draft.known)
+        # None of these is in flight: where there are more than one share's, others have them verified later.
+        self._for_this = self._best(there, max(1.0, there.total() / self._decodes), drafting=False) if there else _Choice()
         most = self._config.speculative_tokens
         self._price_s = self._more_s(self._decodes, most) + (most * self._draft.seconds(1) if self._draft.known else 0.0)
-        self._purse_s = min(self._purse_s, _SAVED_TRIES * self._price_s)
-        if not there and self._for_next.threshold > 1.0 and self._usual.tried >= _EVIDENCE:
+        self._purse_s = min(self._purse_s, _SAVED_TRIES * self._price_s + self._reading_s(min(unread, default=0)))
+        if not there and self._for_next.threshold > 1.0 and not self._beginning:
             self._idle = _IDLE
 
     def ran(self, launched: Launched, result: StepResult) -> None:
@@ -111,31 +119,41 @@ class Speculation:
         if plain:
             self._target.observe(launched.num_tokens, target_s)
         self._purse_s += _SHARE * target_s
-        if self._usual.tried >= _EVIDENCE and (tries or verified):
+        if not self._beginning and (tries or verified):
             self._purse_s -= result.draft_s * tries / max(1, asked) + self._more_s(launched.num_tokens - verified, verified)
 
     def wanted(self, sequence: Sequence) -> int:
         """How many tokens to propose for it when the next one is drawn."""
+        known = sequence.speculated
+        if known.trying and not known.on_trial:
+            known.tries_from = sequence.num_tokens + _PAUSE
+        known.trying = False
         if self._idle > 0 and (self._tried or self._purse_s < self._price_s):
             return 0
         most = self._most(sequence)
         if self._config.speculative_pace == "fixed" or most == 0:
             return most
-        known, unread = sequence.speculated, sequence.num_tokens - sequence.speculated.read
-        reading_s = self._draft.seconds(unread) if self._draft.known and unread > _NEWS else 0.0
+        reading_s = self._reading_s(sequence.num_tokens - known.read)
         count = 0
         if self._usual.tried >= _EVIDENCE:
             count = self._worthwhile(sequence, most, self._for_next.threshold)
             if reading_s > self._for_next.saved_s * min(_HORIZON, sequence.params.max_tokens - len(sequence.emitted)):
                 count = 0
-        if known.trying and not known.on_trial:
-            known.tries_from = sequence.num_tokens + _PAUSE
         known.trying = count == 0 and not self._tried and self._may_try(sequence, reading_s)
         if known.trying:
             count, self._tried = most, True
-        if count:
-            known.read = sequence.num_tokens
         return count
+
+    def settled(self, sequence: Sequence, *, verify: int, propose: int) -> None:
+        """So many of those kept and wanted are in the plan: none where there were no blocks for them."""
+        known = sequence.speculated
+        if not verify:
+            known.on_trial = False
+        if propose:
+            known.read = sequence.num_tokens
+            self._free_tries -= known.trying and self._beginning
+        elif known.trying:
+            known.trying = self._tried = False
 
     def kept(self, sequence: Sequence) -> list[int]:
         """Of what was proposed for it, and paid for, as much as is worth verifying."""
@@ -160,7 +178,15 @@ class Speculation:
         """Before anything is known of the drafter, in any case."""
         if sequence.num_tokens < sequence.speculated.tries_from:
             return False
-        return self._usual.tried < _EVIDENCE or self._purse_s >= self._price_s + reading_s
+        return self._beginning or self._purse_s >= self._price_s + reading_s
+
+    @property
+    def _beginning(self) -> bool:
+        """Tries need not be paid for yet."""
+        return self._usual.tried < _EVIDENCE and self._free_tries > 0
+
+    def _reading_s(self, unread: int) -> float:
+        return self._draft.seconds(unread) if self._draft.known and unread > _NEWS else 0.0
 
     def _more_s(self, tokens: int, more: int) -> float:
         return self._target.seconds(tokens + more) - self._target.seconds(tokens) if self._target.known else 0.0
@@ -179,9 +205,10 @@ class Speculation:
             count += 1
         return count
 
-    def _best(self, groups: Counter[tuple[float, int]], *, drafting: bool) -> _Choice:
-        """groups: how many sequences have a rate, and can have so many tokens. drafting: a draft's passes count as well."""
-        decodes, shares = self._decodes, self._config.shares
+    def _best(self, groups: Counter[tuple[float, int]], shares: float, *, drafting: bool) -> _Choice:
+        """groups: how many sequences have a rate, and can have so many tokens. shares: how many iterations they are
+        divided among. drafting: a draft's passes count as well."""
+        decodes = self._decodes
         steps = sorted(
             ((rate**n, -n, number) for (rate, most), number in groups.items() for n in range(1, most + 1) if rate > 0), reverse=True
         )

@@ -291,3 +291,89 @@ def test_the_machines_pace_is_that_of_all_sizes() -> None:
         cost.observe(1, 0.03)  # somebody else came
     assert cost.seconds(1) == pytest.approx(0.03, rel=0.05)
     assert cost.seconds(8) == pytest.approx(0.24, rel=0.25)
+
+
+def test_a_try_that_is_dear_to_read_for_is_saved_up_for() -> None:
+    speculation, one = speculating(stood=0), sequence()
+    for _ in range(5):
+        for tokens in (1, 2, 4000):
+            ran(speculation, 1, FIXED_S + TOKEN_S, ((tokens, 0.0003 * tokens),))
+    one.request.prompt.extend([1] * 800)
+    one.num_computed = one.num_tokens
+    speculation._purse_s, steps = 0.0, 0
+    while wanted(speculation, one) == [0]:
+        ran(speculation, 1, FIXED_S + TOKEN_S)
+        steps += 1
+        assert steps < 10_000, "never again"
+    assert steps > 0.0003 * 800 / (0.011 * FIXED_S * 1.2), "not before one percent of the time is enough for it"
+
+
+def test_where_every_plan_has_prompts_their_costs_tell() -> None:
+    """A new request with each iteration, so none is of decodes only."""
+    config = dataclasses.replace(CONFIG, max_num_seqs=16, max_num_batched_tokens=512)
+    for right in (True, False):
+        b = Batcher(config, KVManager(config))
+        verified = plain = 0
+        spent = extra = 0.0
+        for step in range(800):
+            b.add(request(f"r{step}", prompt=40, max_tokens=12), 0.0)
+            plan = b.schedule(0.0)
+            assert plan is not None
+            result = answer(plan, right)
+            plain += all(chunk.num_tokens == 1 + chunk.verify for chunk in plan.chunks)
+            if step >= 100:
+                verified += sum(chunk.verify for chunk in plan.chunks)
+                spent += result.compute_s
+                extra += result.draft_s + TOKEN_S * sum(chunk.verify for chunk in plan.chunks)
+            b.update(result)
+        assert plain == 0
+        if right:
+            assert verified > 700, "more than one sequence's"
+        else:
+            assert extra < 0.03 * spent
+
+
+def test_tries_of_which_nothing_is_ever_verified_are_paid_for_too() -> None:
+    """Choices that end with their first token: the draft has read their prompts for nothing."""
+    b = Batcher(CONFIG, KVManager(CONFIG))
+    tries = 0
+    for step in range(1000):
+        asked = request(f"r{step}", prompt=20, max_tokens=50)
+        asked.params.stop_token_ids = (5,)
+        b.add(asked, 0.0)
+        plan = b.schedule(0.0)
+        assert plan is not None
+        tries += sum(chunk.propose > 0 for chunk in plan.chunks)
+        b.update(answer(plan, right=True))
+    assert tries < 250
+
+
+def test_proposals_that_found_no_room_leave_no_trial_behind() -> None:
+    speculation, one = speculating(stood=0), sequence()
+    speculation._purse_s = 1.0
+    assert wanted(speculation, one) == [4]
+    one.proposed = [1, 2, 3, 4]
+    speculation.begin([one], 1)
+    assert speculation.kept(one) == [1, 2, 3, 4]
+    assert speculation.wanted(one) == 4
+    speculation.settled(one, verify=0, propose=0)
+    assert not one.speculated.on_trial
+    assert not one.speculated.trying
+    assert one.speculated.read == 0, "it was not asked"
+    other = sequence()
+    assert speculation.wanted(other) == 4, "the try is another's"
+
+
+def test_a_preempted_sequence_is_not_taken_for_one_that_had_nothing_proposed() -> None:
+    config = dataclasses.replace(CONFIG, num_blocks=60)
+    b = Batcher(config, KVManager(config))
+    one = b.add(request(max_tokens=100), 0.0)
+    for _ in range(3):
+        plan = b.schedule(0.0)
+        assert plan is not None
+        b.update(answer(plan, right=True))
+    assert one.speculated.trying
+    b._set.preempt(one)
+    assert b.schedule(0.0) is not None
+    assert one.speculated.tries_from == 0
+    assert one.speculated.trying
