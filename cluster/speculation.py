@@ -16,8 +16,8 @@ _LEVELS = 32
 """Rates are rounded to so many, so that sequences fall into few groups."""
 _GAIN = 1.02
 """What does not gain that much is left: estimates are not better."""
-_SHARE = 0.01
-"""Of the time of all iterations, what tries may take."""
+_SHARE = 0.005
+"""Of the time of all iterations, what tries may take: so that with all else it stays well below 3 %."""
 _SAVED_TRIES = 4.0
 _REFUND = 0.5
 _EVIDENCE = 8.0
@@ -49,8 +49,8 @@ class Speculation:
     An iteration of d sequences brings d tokens in seconds(d). With T proposals that stand with probabilities p it brings d + sum(p)
     in seconds(d + T) and what proposing takes. Proposals are taken in the order of their probabilities, up to where the quotient of
     the two is best; a sequence's n-th stands if all before it do, so with rate ** n (Leviathan et al. 2023, section 3.1, but with
-    measured costs). Where nothing pays, one sequence at a time has tokens proposed all the same, as often as that takes 1 % of the
-    time: _SHARE of each iteration's is put aside for it, and what a try takes is paid from that.
+    measured costs). Where nothing pays, one sequence at a time has tokens proposed all the same, as often as that takes 0.5 % of
+    the time: _SHARE of each iteration's is put aside for it, and what a try takes is paid from that.
     """
 
     def __init__(self, config: BatchConfig, line: StepCost) -> None:
@@ -83,15 +83,11 @@ class Speculation:
         self._decodes = max(1, decodes)
         coming: Counter[tuple[float, int]] = Counter()
         there: Counter[tuple[float, int]] = Counter()
-        unread: list[int] = []
         for sequence in running:
             if sequence.schedulable > 1:
                 continue
             level = self._level(sequence)
-            most = self._most(sequence)
-            coming[level, most] += 1
-            if most:
-                unread.append(sequence.num_tokens - sequence.speculated.read)
+            coming[level, self._most(sequence)] += 1
             if sequence.proposed:
                 there[level, len(sequence.proposed)] += 1
         self._for_next = self._best(coming, self._config.shares, drafting=self._draft.known)
@@ -99,7 +95,7 @@ class Speculation:
         self._for_this = self._best(there, max(1.0, there.total() / self._decodes), drafting=False) if there else _Choice()
         most = self._config.speculative_tokens
         self._price_s = self._more_s(self._decodes, most) + (most * self._draft.seconds(1) if self._draft.known else 0.0)
-        self._purse_s = min(self._purse_s, _SAVED_TRIES * self._price_s + self._reading_s(min(unread, default=0)))
+        self._purse_s = min(self._purse_s, _SAVED_TRIES * self._price_s)
         if not there and self._for_next.threshold > 1.0 and not self._beginning:
             self._idle = _IDLE
 
@@ -139,7 +135,7 @@ class Speculation:
             count = self._worthwhile(sequence, most, self._for_next.threshold)
             if reading_s > self._for_next.saved_s * min(_HORIZON, sequence.params.max_tokens - len(sequence.emitted)):
                 count = 0
-        known.trying = count == 0 and not self._tried and self._may_try(sequence, reading_s)
+        known.trying = count == 0 and not self._tried and self._may_try(sequence)
         if known.trying:
             count, self._tried = most, True
         return count
@@ -174,11 +170,12 @@ class Speculation:
             self._purse_s += min(_REFUND * self._price_s, stood * self._target.seconds(self._decodes) / self._decodes)
         known.on_trial = False
 
-    def _may_try(self, sequence: Sequence, reading_s: float) -> bool:
-        """Before anything is known of the drafter, in any case."""
+    def _may_try(self, sequence: Sequence) -> bool:
+        """Before anything is known of the drafter, in any case. What the draft has to read first is paid afterwards, however long
+        it takes: else what is dear to read would never be tried."""
         if sequence.num_tokens < sequence.speculated.tries_from:
             return False
-        return self._beginning or self._purse_s >= self._price_s + reading_s
+        return self._beginning or self._purse_s >= self._price_s
 
     @property
     def _beginning(self) -> bool:
