@@ -18,7 +18,6 @@ the machine count for little. The tokens of both sides must be equal.
 
 import dataclasses
 import itertools
-import math
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ import torch
 
 from bench import options
 from bench.driver import Drive, Served
-from bench.report import Report, command_line
+from bench.report import Report, command_line, interval
 from bench.workload import Job, Shape, jobs, poisson
 from cluster.config import BatchConfig, batch_settings
 from cluster.model import DEMO_MODEL
@@ -226,15 +225,6 @@ def first_token(model: str, n: int) -> EngineStats:
             if stats.running == n:
                 break
         return stats
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean's 95 % confidence interval, by the normal approximation with Student's factor for few values."""
-    if len(values) < 2:
-        return -math.inf, math.inf
-    factor = 1.96 + 2.4 / (len(values) - 1)  # within 3 % of Student's t from 4 values on
-    margin = factor * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values) - margin, statistics.fmean(values) + margin
 
 
 def tail_interval(ones: Sequence[float], others: Sequence[float], repetitions: int) -> tuple[float, float]:

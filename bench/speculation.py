@@ -22,8 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench import options
-from bench.prefix import interval
-from bench.report import Line, Report, command_line, draw_lines
+from bench.report import Line, Report, command_line, draw_lines, interval
 from cluster.model import open_model
 from cluster.offline import LLM
 from cluster.protocol import SamplingParams

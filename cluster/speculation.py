@@ -90,11 +90,11 @@ class Speculation:
             coming[level, self._most(sequence)] += 1
             if sequence.proposed:
                 there[level, len(sequence.proposed)] += 1
-        self._for_next = self._best(coming, self._config.shares, drafting=self._draft.known)
+        self._for_next = self._best(coming, self._config.shares, drafting=True)
         # None of these is in flight: where there are more than one share's, others have them verified later.
         self._for_this = self._best(there, max(1.0, there.total() / self._decodes), drafting=False) if there else _Choice()
         most = self._config.speculative_tokens
-        self._price_s = self._more_s(self._decodes, most) + (most * self._draft.seconds(1) if self._draft.known else 0.0)
+        self._price_s = self._more_s(self._decodes, most) + most * self._draft_s(1)
         self._purse_s = min(self._purse_s, _SAVED_TRIES * self._price_s)
         if not there and self._for_next.threshold > 1.0 and not self._beginning:
             self._idle = _IDLE
@@ -129,11 +129,11 @@ class Speculation:
         most = self._most(sequence)
         if self._config.speculative_pace == "fixed" or most == 0:
             return most
-        reading_s = self._reading_s(sequence.num_tokens - known.read)
         count = 0
         if self._usual.tried >= _EVIDENCE:
             count = self._worthwhile(sequence, most, self._for_next.threshold)
-            if reading_s > self._for_next.saved_s * min(_HORIZON, sequence.params.max_tokens - len(sequence.emitted)):
+            unread, left = sequence.num_tokens - known.read, sequence.params.max_tokens - len(sequence.emitted)
+            if unread > _NEWS and self._draft_s(unread) > self._for_next.saved_s * min(_HORIZON, left):
                 count = 0
         known.trying = count == 0 and not self._tried and self._may_try(sequence)
         if known.trying:
@@ -182,8 +182,9 @@ class Speculation:
         """Tries need not be paid for yet."""
         return self._usual.tried < _EVIDENCE and self._free_tries > 0
 
-    def _reading_s(self, unread: int) -> float:
-        return self._draft.seconds(unread) if self._draft.known and unread > _NEWS else 0.0
+    def _draft_s(self, tokens: float) -> float:
+        """Of a draft model's pass; nothing as long as none was seen, as with drafters that are no models."""
+        return self._draft.seconds(tokens) if self._draft.known else 0.0
 
     def _more_s(self, tokens: int, more: int) -> float:
         return self._target.seconds(tokens + more) - self._target.seconds(tokens) if self._target.known else 0.0
@@ -223,7 +224,7 @@ class Speculation:
                 continue
             seconds = self._target.seconds(decodes + tokens)
             if drafting:  # the first pass reads what the last iteration brought
-                seconds += self._draft.seconds(drafted * expected / decodes) + (deepest - 1) * self._draft.seconds(drafted)
+                seconds += self._draft_s(drafted * expected / decodes) + (deepest - 1) * self._draft_s(drafted)
             if expected / seconds > best:
                 best = expected / seconds
                 found = _Choice(chance, alone_s / decodes - seconds / expected)

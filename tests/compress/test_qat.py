@@ -1,7 +1,6 @@
 """Quantization-aware training on the demo model, a few steps of it."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from compress.distill import Mixture
 from compress.qat import Tuning, control, tune
 from compress.quantize import Plan, quantize
 from compress.simulated import linears, load, simulate
+from tests import threads
 from workers.checkpoint import Checkpoint
 from workers.quantization.stored import read_linear
 
@@ -26,13 +26,7 @@ ROWS = torch.randint(0, 4096, (4, 65), generator=torch.Generator().manual_seed(0
 DEMO = open_model(str(DEMO_MODEL))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Where steps are this small, threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = pytest.fixture(scope="module", autouse=True)(threads.one_thread)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import gc
 import json
 import shutil
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,19 +26,13 @@ from compress.layers import LayerRun, Weights, all_linears, num_parameters
 from compress.posttraining import make
 from compress.qat import Tuning
 from compress.quantize import Plan
+from tests import threads
 from tests.workers.models import KINDS, VOCAB, TinyModel, make_model, prompt
 from workers.checkpoint import Checkpoint
 from workers.decoder import rms_norm
 from workers.quantization.weight import quantize as quantized
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors here are tiny: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = pytest.fixture(scope="module", autouse=True)(threads.one_thread)
 
 
 @pytest.fixture(scope="module")

@@ -1,23 +1,15 @@
 """What the tests of this folder share: models, native kernels."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests import threads
 from tests.workers.builds import built_for
 from tests.workers.models import KINDS, TinyModel, make_model
 from workers.native.library import Library
 
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors here are tiny: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = pytest.fixture(scope="session", autouse=True)(threads.one_thread)
 
 
 @pytest.fixture(scope="session")

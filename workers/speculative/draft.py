@@ -74,8 +74,9 @@ class DraftModel:
     def propose(self, spans: Sequence[Span]) -> list[list[int]]:
         """See Drafter. As many as the sequence's blocks have room for."""
         self._forget(spans)
-        for seq in [span.state.seq for span in spans] if self._drawn else ():
-            self._drawn.pop(seq, None)
+        if self._drawn:
+            for span in spans:
+                self._drawn.pop(span.state.seq, None)
         proposed: list[list[int]] = [[] for _ in spans]
         self.passes = []
         if not any(span.propose for span in spans):
